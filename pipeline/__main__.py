@@ -1,0 +1,5 @@
+"""python -m pipeline is gristmill."""
+
+from pipeline.cli import main
+
+main()

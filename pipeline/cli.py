@@ -1,0 +1,224 @@
+"""One command per stage: the recipe's YAML, then flags, then run."""
+
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import yaml
+from cyclopts import App, CycloptsError, Parameter
+from pydantic import ValidationError
+
+from pipeline import __version__, config
+from pipeline.config import Common, Recipe, Settings
+from pipeline.errors import SettingsError, UserError
+
+log = logging.getLogger("gristmill")
+
+STAGES = ("rate", "train", "score", "filter")
+
+Flat = Parameter(name="*")
+RecipePath = Annotated[Path | None, Parameter(help="Recipe: a YAML file with a section per stage. Flags win over it.")]
+
+
+class How(Settings):
+    """How a command runs and answers; not part of the recipe."""
+
+    dry_run: bool = False
+    """Print the resolved settings as YAML, and do nothing."""
+    redo: bool = False
+    """Do again what was made from other settings or inputs, and ask again what failed; recorded answers are reused."""
+    as_json: Annotated[bool, Parameter(name="--json")] = False
+    """Answer with one JSON line (the default when piped)."""
+    as_table: Annotated[bool, Parameter(name="--table")] = False
+    """Answer with a table (the default on a terminal)."""
+
+
+app = App(
+    name="gristmill",
+    version=__version__,
+    help="Grade a sample with an LLM, teach a small encoder to grade like it, grade everything, keep the best.",
+    help_format="plaintext",
+    default_parameter=Parameter(negative=()),
+)
+
+
+@app.command(sort_key=0)
+def run(
+    recipe: RecipePath = None,
+    /,
+    *,
+    settings: Annotated[Recipe, Flat] = Recipe(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """Every stage; a finished one is skipped."""
+    execute(STAGES, recipe, flags(settings), how)
+
+
+@app.command(sort_key=1)
+def rate(
+    recipe: RecipePath = None,
+    /,
+    *,
+    common: Annotated[Common, Flat] = Common(),  # noqa: B008
+    rate: Annotated[config.Rate, Flat] = config.Rate(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """Stage 1: an LLM rates a sample of the corpus."""
+    execute(["rate"], recipe, {**flags(common), "rate": flags(rate)}, how)
+
+
+@app.command(sort_key=2)
+def train(
+    recipe: RecipePath = None,
+    /,
+    *,
+    common: Annotated[Common, Flat] = Common(),  # noqa: B008
+    train: Annotated[config.Train, Flat] = config.Train(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """Stage 2: a linear head on a frozen encoder learns the ratings."""
+    execute(["train"], recipe, {**flags(common), "train": flags(train)}, how)
+
+
+@app.command(sort_key=3)
+def score(
+    recipe: RecipePath = None,
+    /,
+    *,
+    common: Annotated[Common, Flat] = Common(),  # noqa: B008
+    score: Annotated[config.Score, Flat] = config.Score(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """Stage 3: the student scores every document."""
+    execute(["score"], recipe, {**flags(common), "score": flags(score)}, how)
+
+
+@app.command(sort_key=4)
+def filter(
+    recipe: RecipePath = None,
+    /,
+    *,
+    common: Annotated[Common, Flat] = Common(),  # noqa: B008
+    filter: Annotated[config.Filter, Flat] = config.Filter(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """Stage 4: the best documents are kept, every dropped one counted."""
+    execute(["filter"], recipe, {**flags(common), "filter": flags(filter)}, how)
+
+
+@app.command(sort_key=5)
+def status(run_folder: Path, /, *, how: Annotated[How, Flat] = How()) -> None:  # noqa: B008
+    """What a run folder holds and how far it is.
+
+    Parameters
+    ----------
+    run_folder
+        Run folder to look at.
+    """
+    from pipeline import summary
+
+    states = summary.status(run_folder, STAGES)
+    answer(states, how, summary.show_status)
+
+
+def flags(settings: Settings) -> dict[str, Any]:
+    """Only what was given on the command line; pass-through values are typed as YAML would."""
+    given = settings.model_dump(exclude_unset=True)
+    teacher = given.get("teacher", {})
+    for name in {"args", "chat_template_args"} & set(teacher):
+        teacher[name] = {key: yaml.safe_load(str(value)) for key, value in teacher[name].items()}
+    return given
+
+
+def execute(stages: Sequence[str], path: Path | None, given: dict[str, Any], how: How) -> None:
+    """Run stages one after another and show what they did."""
+    recipe = config.load_recipe(path, given)
+    if how.dry_run:
+        sys.stdout.write(config.to_yaml(recipe))
+        return
+    log_to(recipe.run_folder)
+    if len(stages) > 1:
+        check_ahead(recipe)
+    results = {name: importlib.import_module(f"pipeline.{name}").run(recipe, how.redo) for name in stages}
+    from pipeline import summary
+
+    values = {name: result.model_dump(mode="json") for name, result in results.items()}
+    answer({**values, "run_folder": str(recipe.run_folder)}, how, summary.show)
+
+
+def check_ahead(recipe: Recipe) -> None:
+    """Find what would stop a later stage before the first token is paid for."""
+    from pipeline import corpus, filter, models, score
+
+    filter.check_one_cut(recipe.filter)
+    models.locate(recipe.encoder.model, "encoder.model")
+    for shard in corpus.shards(recipe.corpus):
+        score.check_columns(shard, recipe)
+
+
+def answer(values: dict[str, Any], how: How, show: Callable[[dict[str, Any]], None]) -> None:
+    """The result on stdout: a table for a person, a JSON line for a program."""
+    if how.as_table or (sys.stdout.isatty() and not how.as_json):
+        show(values)
+    else:
+        sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+# -- the process ------------------------------------------------------------------------------------------------------
+
+
+def main(tokens: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line; the exit code tells the truth."""
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler(sys.stderr))
+    quieten_libraries()
+    try:
+        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    except (CycloptsError, ValidationError) as error:
+        fail(one_line(error), 2)
+    except SettingsError as error:
+        fail(str(error), 2)
+    except UserError as error:
+        fail(str(error), 1)
+    except KeyboardInterrupt:
+        fail("interrupted; everything recorded is kept, the same command goes on", 130)
+    sys.exit(0)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """One line on stderr, and out."""
+    sys.stderr.write(f"gristmill: {message}\n")
+    sys.exit(code)
+
+
+def one_line(error: CycloptsError | ValidationError) -> str:
+    """What is wrong with the command line."""
+    cause = error if isinstance(error, ValidationError) else error.__cause__
+    if isinstance(cause, ValidationError):
+        return config.explain(cause, None)
+    return " ".join(str(error).split())
+
+
+def log_to(run_folder: Path) -> None:
+    """Keep the log in the run folder too."""
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(run_folder / "run.log", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run_folder: {run_folder} cannot be written ({error.strerror}); give another") from None
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+
+
+def quieten_libraries() -> None:
+    """Loading bars of other libraries belong on a terminal, not in a log."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")

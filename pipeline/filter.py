@@ -1,0 +1,247 @@
+"""Stage 4: the best documents are kept, and every dropped one is counted."""
+
+import heapq
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline import config, corpus, metrics
+from pipeline.config import Recipe
+from pipeline.corpus import Counts, Shard
+from pipeline.errors import UserError
+from pipeline.tracking import Result, progress, stage, upstream
+
+log = logging.getLogger("gristmill")
+
+N_EXAMPLES = 3
+EXAMPLE_CHARACTERS = 160
+
+Scores = NDArray[np.float32]
+Example = tuple[int, float, str]
+"""(priority, score, beginning of the text)"""
+
+
+class FilterResult(Result):
+    """What stage 4 did: rows in = kept + dropped, and why they were dropped."""
+
+    n_rows: int
+    n_kept: int
+    n_dropped: int
+    dropped: dict[str, int]
+    kept_share: float
+    cut: float
+    """Lowest score that is kept; of int_score where the cut is made there."""
+    examples_kept: list[dict[str, Any]]
+    examples_dropped: list[dict[str, Any]]
+
+
+def run(recipe: Recipe, redo: bool = False) -> FilterResult:
+    """Choose the cut, then write each shard's rows to the kept corpus or aside."""
+    check_one_cut(recipe.filter)
+    folder = upstream(recipe.filter.scored, recipe, "score/scored", "filter")
+    scored = config.Corpus(path=str(folder), text_column=recipe.corpus.text_column)
+    found = corpus.shards(scored)
+    with stage("filter", recipe, inputs(recipe, found)) as work:
+        done = work.finished(FilterResult, redo)
+        if done:
+            return done
+        for side in ("kept", "dropped"):
+            corpus.sweep(work.folder / side, keep=set())
+        cut, column = choose_cut(recipe.filter, scored, found)
+        tally: Counter[str] = Counter()
+        examples: dict[str, list[Example]] = {"kept": [], "dropped": []}
+        with progress("filter", corpus.n_rows(found)) as step:
+            for shard in found:
+                write_shard(shard, scored, recipe, cut, column, work.folder, tally, examples)
+                step(tally["rows"] - tally["said"])
+                tally["said"] = tally["rows"]
+        return work.finish(summarise(tally, examples, cut, work.seconds))
+
+
+def check_one_cut(settings: config.Filter) -> None:
+    """Exactly one way to choose must be given."""
+    cuts = ("min_score", "min_int_score", "keep_share")
+    given = [name for name in cuts if getattr(settings, name) is not None]
+    if len(given) != 1:
+        said = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "none"
+        raise UserError(f"filter: give one of --min-score, --min-int-score and --keep-share; given: {said}")
+
+
+def inputs(recipe: Recipe, found: list[Shard]) -> dict[str, Any]:
+    """Everything that decides what is kept."""
+    return {
+        "filter": recipe.filter.identity(),
+        "text_column": recipe.corpus.text_column,
+        "seed": recipe.seed,
+        "shards": {shard.name: corpus.fingerprint(shard) for shard in found},
+    }
+
+
+# -- the cut ----------------------------------------------------------------------------------------------------------
+
+
+def choose_cut(settings: config.Filter, scored: config.Corpus, found: list[Shard]) -> tuple[float, str]:
+    """The lowest value that is kept, and the column it is compared with."""
+    if settings.min_int_score is not None:
+        return float(settings.min_int_score), "int_score"
+    if settings.min_score is not None:
+        return float(np.float32(settings.min_score)), "score"
+    assert settings.keep_share is not None
+    return share_cut(settings.keep_share, lambda: score_arrays(scored, found)), "score"
+
+
+def score_arrays(scored: config.Corpus, found: list[Shard]) -> Iterator[Scores]:
+    """The scores of the corpus, null ones left out, batch by batch."""
+    for shard in found:
+        for batch in corpus.read(shard, scored, Counts(), ["score"]):
+            yield batch.column("score").drop_null().to_numpy(zero_copy_only=False).astype(np.float32)
+
+
+def share_cut(share: float, arrays: Callable[[], Iterator[Scores]]) -> float:
+    """The score at which `share` of all scores is at or above it: exact, two passes, constant memory.
+
+    Scores are counted by their upper 16 bits, then, within the one group that holds the cut, by their lower 16.
+    """
+    upper = sum((np.bincount(metrics.sortable(a) >> 16, minlength=65536) for a in arrays()), np.zeros(65536, np.int64))
+    n_keep = round(share * int(upper.sum()))
+    if n_keep == 0:
+        raise UserError(f"filter.keep_share: {share:g} of {int(upper.sum())} scored documents is none; raise it")
+    group, before = from_top(upper, n_keep)
+    lower = np.zeros(65536, np.int64)
+    for array in arrays():
+        keys = metrics.sortable(array)
+        lower += np.bincount(keys[keys >> 16 == group] & 0xFFFF, minlength=65536)
+    low, _ = from_top(lower, n_keep - before)
+    return metrics.unsortable(group << 16 | low)
+
+
+def from_top(counts: NDArray[np.int64], n: int) -> tuple[int, int]:
+    """The bin that holds the n-th largest, and how many lie above that bin."""
+    above = np.cumsum(counts[::-1])
+    position = int(np.searchsorted(above, n))
+    return len(counts) - 1 - position, int(above[position - 1]) if position else 0
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_shard(
+    shard: Shard,
+    scored: config.Corpus,
+    recipe: Recipe,
+    cut: float,
+    column: str,
+    folder: Path,
+    tally: Counter[str],
+    examples: dict[str, list[Example]],
+) -> None:
+    """Send each row of a scored shard to the kept corpus or aside, and count it."""
+    schema = corpus.read_schema(shard, scored)
+    for name in ("score", "int_score"):
+        corpus.check_column(schema, name, shard)
+    reason_field = pa.field("dropped_reason", pa.string())
+    with ExitStack() as files:
+        keep = files.enter_context(open_sink(folder / "kept", shard, schema, recipe.filter.output_format))
+        drop = None
+        if recipe.filter.keep_dropped:
+            aside = schema.append(reason_field)
+            drop = files.enter_context(open_sink(folder / "dropped", shard, aside, recipe.filter.output_format))
+        for batch in corpus.read(shard, scored, Counts()):
+            reasons = reasons_to_drop(batch, cut, column)
+            kept = np.array([reason is None for reason in reasons], dtype=bool)
+            tally.update(rows=len(reasons), kept=int(kept.sum()))
+            tally.update(f"dropped {reason}" for reason in reasons if reason)
+            remember(batch, scored, shard, kept, recipe.seed, examples)
+            keep(batch.filter(pa.array(kept)))
+            if drop is not None:
+                drop(batch.append_column(reason_field, pa.array(reasons, pa.string())).filter(pa.array(~kept)))
+
+
+def reasons_to_drop(batch: pa.RecordBatch, cut: float, column: str) -> list[str | None]:
+    """Why each row is dropped; None for one that is kept."""
+    values = batch.column(column).to_pylist()
+    return ["no_text" if v is None else f"{column}_below_cut" if v < cut else None for v in values]
+
+
+def remember(
+    batch: pa.RecordBatch,
+    scored: config.Corpus,
+    shard: Shard,
+    kept: NDArray[np.bool_],
+    seed: int,
+    examples: dict[str, list[Example]],
+) -> None:
+    """Keep a few rows of either side to show, drawn uniformly (smallest hashes) from those with text."""
+    texts, scores = corpus.texts(batch, scored, shard, Counts()), batch.column("score").to_pylist()
+    for text, score, is_kept in zip(texts, scores, kept.tolist(), strict=True):
+        if text is None or score is None:
+            continue
+        heap = examples["kept" if is_kept else "dropped"]
+        example = (
+            -int(corpus.text_id(f"{seed}:{text}"), 16),
+            score,
+            " ".join(text[:800].split())[:EXAMPLE_CHARACTERS],
+        )
+        if example not in heap:
+            heapq.heappush(heap, example)
+        if len(heap) > N_EXAMPLES:
+            heapq.heappop(heap)
+
+
+def summarise(tally: Counter[str], examples: dict[str, list[Example]], cut: float, seconds: float) -> FilterResult:
+    """Counts over all shards; every row must be kept or dropped."""
+    dropped = {name.split(" ")[1]: count for name, count in sorted(tally.items()) if name.startswith("dropped ")}
+    n_dropped = sum(dropped.values())
+    assert tally["rows"] == tally["kept"] + n_dropped, f"{tally['rows']} rows in, {tally['kept']} + {n_dropped} out"
+    shown = {
+        side: [{"score": round(score, 3), "text": text} for _, score, text in sorted(heap, reverse=True)]
+        for side, heap in examples.items()
+    }
+    return FilterResult(
+        seconds=seconds,
+        n_rows=tally["rows"],
+        n_kept=tally["kept"],
+        n_dropped=n_dropped,
+        dropped=dropped,
+        kept_share=tally["kept"] / max(tally["rows"], 1),
+        cut=cut,
+        examples_kept=shown["kept"],
+        examples_dropped=shown["dropped"],
+    )
+
+
+# -- sinks ------------------------------------------------------------------------------------------------------------
+
+Sink = Callable[[pa.RecordBatch], None]
+
+
+def open_sink(folder: Path, shard: Shard, schema: pa.Schema, output_format: str) -> Any:
+    """A context that gives a function which writes record batches to one shard, atomically."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def parquet() -> Iterator[Sink]:
+        with corpus.shard_writer(folder / shard.name, schema) as writer:
+            yield writer.write_batch
+
+    @contextmanager
+    def jsonl() -> Iterator[Sink]:
+        path = (folder / shard.name).with_suffix(".jsonl")
+        with corpus.atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            yield lambda batch: write_lines(file, batch)
+
+    return parquet() if output_format == "parquet" else jsonl()
+
+
+def write_lines(file: IO[str], batch: pa.RecordBatch) -> None:
+    """Rows as JSON lines; what JSON has no form for (times, decimals) as text."""
+    for row in batch.to_pylist():
+        file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")

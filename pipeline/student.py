@@ -1,0 +1,100 @@
+"""Encoder, linear head and scale in one folder that loads with one line:
+
+from pipeline.student import load
+load("runs/demo/train/student").score(["Photosynthesis turns light into sugar."])
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import config, metrics
+from pipeline.corpus import atomic, write_text
+from pipeline.encoder import Embeddings, Encoder
+from pipeline.errors import UserError, needs
+
+FORMAT = 1
+"""Version of the folder's layout."""
+
+
+@dataclass
+class Student:
+    """A frozen encoder and a linear head: score = embedding @ weight + bias."""
+
+    encoder_settings: config.Encoder
+    weight: NDArray[np.float32]
+    """(dim,)"""
+    bias: float
+    scale: tuple[float, float]
+    about: dict[str, Any] = field(default_factory=dict)
+    """Where it comes from: prompt digest, teacher, metrics."""
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The encoder, loaded at first use."""
+        return Encoder(self.encoder_settings)
+
+    def score(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Scores (n_texts,) float32, not clipped."""
+        return self.score_counted(texts)[0]
+
+    def score_counted(
+        self, texts: Sequence[str], step: Callable[[int], None] = lambda _: None
+    ) -> tuple[NDArray[np.float32], int]:
+        """Scores (n_texts,) float32, and how many texts were longer than the encoder reads."""
+        embeddings, n_cut = self.encoder.embed(texts, step)
+        return (self.head(embeddings) if len(texts) else np.empty(0, np.float32)), n_cut
+
+    def head(self, embeddings: Embeddings) -> NDArray[np.float32]:
+        """Scores of embeddings (n, dim)."""
+        return (embeddings @ self.weight + np.float32(self.bias)).astype(np.float32)
+
+    def int_score(self, scores: NDArray[np.float32]) -> NDArray[np.int8]:
+        """Whole scores of the scale, half up."""
+        return metrics.int_scores(scores, self.scale)
+
+    def save(self, folder: Path) -> None:
+        """Write head.safetensors and student.json."""
+        save_file = needs("safetensors.numpy", "torch").save_file
+        with atomic(folder / "head.safetensors") as temporary:
+            save_file({"weight": self.weight, "bias": np.array([self.bias], np.float32)}, temporary)
+        description = {
+            "format": FORMAT,
+            "encoder": self.encoder_settings.identity(),
+            "scale": list(self.scale),
+            **self.about,
+        }
+        write_text(folder / "student.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+
+
+def load(folder: str | Path, encoder: config.Encoder | None = None) -> Student:
+    """A student from its folder; `encoder` may set another device, precision or batch size."""
+    folder = Path(folder)
+    load_file = needs("safetensors.numpy", "torch").load_file
+    try:
+        description = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+        head = load_file(folder / "head.safetensors")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no student ({error}); give a folder that gristmill train made") from None
+    if description.pop("format", None) != FORMAT:
+        raise UserError(f"{folder} was made by another version of gristmill; train it again")
+    settings = config.Encoder.model_validate(description.pop("encoder"))
+    if encoder is not None:
+        how = {name: getattr(encoder, name) for name in ("device", "dtype", "batch_tokens")}
+        settings = settings.model_copy(update=how)
+    low, high = description.pop("scale")
+    return Student(settings, head["weight"], float(head["bias"][0]), (low, high), description)
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits of what decides a student's scores: its head and its description of the encoder."""
+    description = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+    decisive = json.dumps([description["encoder"], description["scale"]], sort_keys=True).encode()
+    return hashlib.sha256((folder / "head.safetensors").read_bytes() + decisive).hexdigest()[:16]

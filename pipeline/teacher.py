@@ -1,0 +1,148 @@
+"""Ask an LLM: one question per document, every answer recorded before it is used."""
+
+import json
+import math
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+from pipeline import prompts
+from pipeline.config import Teacher, digest
+from pipeline.corpus import text_id
+from pipeline.errors import UserError, required
+from pipeline.prompts import Prompt, Reading
+
+
+class Question(NamedTuple):
+    """A document to be asked about; `key` names the answer in the store."""
+
+    key: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a teacher said, as it said it; how it is read can change later without asking again."""
+
+    finish: Literal["stop", "length", "refused", "failed"]
+    text: str = ""
+    log_probs: dict[str, float] | None = None
+    """Natural log-probability of each candidate over the full vocabulary; -inf where it was not seen."""
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    seconds: float = 0.0
+    was_cut: bool = False
+    """The document was longer than teacher.document_tokens."""
+
+
+Record = Callable[[list[tuple[str, Answer]]], None]
+
+
+class Ask(Protocol):
+    """An engine: asks what is not in `answered` and hands each answer to `record` as it arrives."""
+
+    def __call__(
+        self, prompt: Prompt, teacher: Teacher, questions: list[Question], answered: set[str], record: Record
+    ) -> None:
+        """Ask every question that is still open."""
+        ...
+
+
+def engine(teacher: Teacher) -> Ask:
+    """The engine by its name; its libraries are imported only now."""
+    required(teacher.model, "teacher.model", "Qwen/Qwen3-8B")
+    if teacher.engine == "openai":
+        from pipeline.engines import openai
+
+        return openai.ask
+    from pipeline.engines import transformers
+
+    return transformers.ask
+
+
+def questions(prompt: Prompt, teacher: Teacher, texts: Iterable[str]) -> list[Question]:
+    """One question per text, keyed by the text, what is asked, and who is asked with which settings."""
+    asking = digest([prompt.asked_digest, identity(prompt, teacher)])
+    return [Question(f"{asking}:{text_id(text)}", text) for text in texts]
+
+
+def identity(prompt: Prompt, teacher: Teacher) -> dict[str, object]:
+    """The teacher's settings that bear on an answer of this kind."""
+    elsewhere = {"max_tokens", "temperature", "top_p", "seed"} if prompt.read == "choices" else {"top_logprobs"}
+    return {name: value for name, value in teacher.identity().items() if name not in elsewhere}
+
+
+def read(prompt: Prompt, answer: Answer) -> Reading:
+    """The score in an answer, whichever way the prompt reads."""
+    if answer.finish == "failed":
+        return Reading(None, "request_failed")
+    if answer.finish == "refused":
+        return Reading(None, "refused")
+    if prompt.read == "choices":
+        return prompts.read_choices(prompt, answer.log_probs or {})
+    return prompts.read_text(prompt, prompt.answer_start + answer.text, answer.finish == "stop")
+
+
+class AnswerStore:
+    """Answers on disk, by key: an SQLite journal where a recorded answer survives kill -9 and power loss.
+
+    Failed requests are not recorded, so that they are asked again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        try:
+            self.db = sqlite3.connect(path)
+            self.db.execute("PRAGMA journal_mode=WAL")
+            self.db.execute("PRAGMA synchronous=FULL")
+            self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"answer store {path}: {error}; free the disk or move the file away and run again"
+            ) from None
+
+    def __enter__(self) -> "AnswerStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.db.close()
+
+    def add(self, answers: list[tuple[str, Answer]]) -> None:
+        """Record answers; on return they are on the disk."""
+        rows = [(key, encode(answer)) for key, answer in answers if answer.finish != "failed"]
+        try:
+            with self.db:
+                self.db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
+        except sqlite3.OperationalError as error:
+            raise UserError(
+                f"answer store {self.path}: {error}; everything recorded so far is kept, make room and run again"
+            ) from None
+
+    def find(self, keys: Iterable[str]) -> Iterator[tuple[str, Answer]]:
+        """The recorded answers among these keys."""
+        for key in keys:
+            row = self.db.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+            if row is not None:
+                yield key, decode(row[0])
+
+    def __len__(self) -> int:
+        return int(self.db.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
+
+
+def encode(answer: Answer) -> str:
+    """An answer as strict JSON: an unseen candidate is null."""
+    fields = asdict(answer)
+    if answer.log_probs is not None:
+        fields["log_probs"] = {name: log_p if log_p > -math.inf else None for name, log_p in answer.log_probs.items()}
+    return json.dumps(fields, ensure_ascii=True)
+
+
+def decode(stored: str) -> Answer:
+    """The answer that was encoded."""
+    fields = json.loads(stored)
+    if fields["log_probs"] is not None:
+        fields["log_probs"] = {name: -math.inf if p is None else p for name, p in fields["log_probs"].items()}
+    return Answer(**fields)

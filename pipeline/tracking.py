@@ -1,0 +1,212 @@
+"""The run folder: what a stage was made from, its result, its metrics; wandb when asked."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.config import Recipe, to_yaml
+from pipeline.corpus import write_text
+from pipeline.errors import UserError, needs
+
+log = logging.getLogger("gristmill")
+
+
+class Result(BaseModel):
+    """What a stage reports; written last, so its file says that the stage is finished."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seconds: float
+    n_failed: int = 0
+    """Documents that failed for a passing reason; --redo tries them again."""
+
+
+AnyResult = TypeVar("AnyResult", bound=Result)
+Step = Callable[[int], None]
+
+
+class Stage:
+    """One stage at work in its folder of the run."""
+
+    def __init__(self, name: str, recipe: Recipe, inputs: dict[str, Any]) -> None:
+        self.name, self.recipe, self.inputs = name, recipe, inputs
+        self.folder = recipe.run_folder / name
+        self.begin = time.perf_counter()
+
+    def finished(self, kind: type[AnyResult], redo: bool) -> AnyResult | None:
+        """The result, if this stage has been done with the same inputs; refuses when they changed, unless `redo`."""
+        before = read_json(self.folder / "inputs.json")
+        if before is not None and before != self.inputs and not redo:
+            raise UserError(
+                f"{self.name}: {changes(before, self.inputs)} since {self.folder} was made; run again with --redo to"
+                " do it anew (recorded answers are used again), or give another --run-folder"
+            )
+        done = read_json(self.folder / "result.json")
+        if done is not None and before == self.inputs and not (redo and done.get("n_failed")):
+            log.info("%s: done already, skipped", self.name)
+            return kind.model_validate(done)
+        (self.folder / "result.json").unlink(missing_ok=True)
+        write_text(self.folder / "inputs.json", dump(self.inputs))
+        write_text(self.recipe.run_folder / "recipe.yaml", to_yaml(self.recipe))
+        return None
+
+    def finish(self, result: AnyResult) -> AnyResult:
+        """Write the result, and its numbers to the metrics."""
+        values = result.model_dump(mode="json")
+        numbers = flatten(values, numbers_only=True)
+        line = json.dumps({"stage": self.name, "time": round(time.time(), 3), **numbers})
+        with (self.recipe.run_folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        if self.recipe.tracking.wandb:
+            send_to_wandb(self.name, self.recipe, numbers)
+        write_text(self.folder / "result.json", dump(values))
+        return result
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since this stage began."""
+        return round(time.perf_counter() - self.begin, 3)
+
+
+@contextmanager
+def stage(name: str, recipe: Recipe, inputs: dict[str, Any]) -> Iterator[Stage]:
+    """Work on one stage of a run, alone."""
+    work = Stage(name, recipe, inputs)
+    try:
+        work.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"run_folder: {work.folder} cannot be made ({error.strerror}); give another --run-folder"
+        ) from None
+    lock = FileLock(work.folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{name}: another process is at work in {work.folder}; wait for it or stop it") from None
+    try:
+        yield work
+    finally:
+        lock.release()
+
+
+def upstream(path: Path | None, recipe: Recipe, inside: str, stage_name: str) -> Path:
+    """What an earlier stage left in the run folder, or what was named instead of it."""
+    if path is not None:
+        if not path.exists():
+            raise UserError(f"{stage_name}: {path} does not exist")
+        return path
+    made, folder = recipe.run_folder / inside, recipe.run_folder / inside.split("/")[0]
+    if not (folder / "result.json").exists():
+        raise UserError(f"{stage_name}: {folder} is not finished; run gristmill {folder.name} first")
+    return made
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON file of ours; None if there is none."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except ValueError:
+        raise UserError(f"{path} is damaged; remove it and run the stage again") from None
+
+
+def dump(values: dict[str, Any]) -> str:
+    """JSON for files that people read too."""
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two sets of inputs, in a few words."""
+    old, new = flatten(before), flatten(now)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    told = [f"{name} changed from {old.get(name)!r} to {new.get(name)!r}" for name in names[:3]]
+    return ", ".join(told) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def flatten(values: dict[str, Any], prefix: str = "", numbers_only: bool = False) -> dict[str, Any]:
+    """Nested dicts as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.", numbers_only)
+        elif not numbers_only or (isinstance(value, int | float) and not isinstance(value, bool)):
+            flat[prefix + name] = value
+    return flat
+
+
+def send_to_wandb(name: str, recipe: Recipe, numbers: dict[str, Any]) -> None:
+    """One wandb run per stage, grouped by run folder."""
+    wandb = needs("wandb", "wandb")
+    settings = wandb.Settings(console="off", disable_git=True, silent=True)
+    run = wandb.init(
+        project=recipe.tracking.wandb_project,
+        group=recipe.run_folder.name,
+        name=f"{recipe.run_folder.name}-{name}",
+        job_type=name,
+        config=recipe.model_dump(mode="json"),
+        dir=recipe.run_folder,
+        settings=settings,
+    )
+    run.log({f"{name}/{key}": value for key, value in numbers.items()})
+    run.finish()
+
+
+@contextmanager
+def progress(name: str, total: int | None) -> Iterator[Step]:
+    """Counts documents: a bar with docs/s and time left on a terminal, a line every 15 s elsewhere."""
+    if sys.stderr.isatty():
+        with progress_bar(name, total) as step:
+            yield step
+        return
+    begin = said = time.perf_counter()
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done, said
+        done += n
+        now = time.perf_counter()
+        if now - said >= 15:
+            said = now
+            log.info("%s: %s", name, pace(done, total, now - begin))
+
+    yield advance
+
+
+def pace(done: int, total: int | None, seconds: float) -> str:
+    """How far and how fast, in words."""
+    speed = done / max(seconds, 1e-9)
+    left = f", {(total - done) / max(speed, 1e-9):.0f} s left" if total else ""
+    return f"{done}{f' of {total}' if total else ''} documents, {speed:.1f} docs/s{left}"
+
+
+@contextmanager
+def progress_bar(name: str, total: int | None) -> Iterator[Step]:
+    """A bar on the terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} documents"),
+        TextColumn("{task.fields[speed]} docs/s"),
+        TimeRemainingColumn(),
+    )
+    begin = time.perf_counter()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(name, total=total, speed="-")
+
+        def advance(n: int) -> None:
+            done = bar.tasks[0].completed + n
+            bar.update(task, advance=n, speed=f"{done / max(time.perf_counter() - begin, 1e-9):.1f}")
+
+        yield advance

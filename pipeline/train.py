@@ -1,0 +1,226 @@
+"""Stage 2: a linear head on a frozen encoder learns the teacher's ratings."""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline import corpus, metrics
+from pipeline.config import Recipe
+from pipeline.encoder import Embeddings, Encoder
+from pipeline.errors import UserError
+from pipeline.metrics import Floats
+from pipeline.rate import read_scale
+from pipeline.student import Student
+from pipeline.tracking import Result, Stage, progress, stage, upstream
+
+log = logging.getLogger("gristmill")
+
+STRENGTHS = np.logspace(-3, 3, 25)
+"""Ridge strengths tried, for embeddings of about unit length."""
+
+FEWEST = 20
+"""Ratings below which no head is trained."""
+
+Split = NDArray[np.str_]
+
+
+class Ratings(NamedTuple):
+    """Scored documents, aligned: ids, texts, scores (n,), gold or None, and where they come from."""
+
+    ids: list[str]
+    texts: list[str]
+    scores: Floats
+    gold: list[float | None]
+    scale: tuple[float, float]
+    prompt: str
+    teacher: str
+    n_unscored: int
+
+
+class Fit(NamedTuple):
+    """A trained head. `strength` is the ridge penalty, `cut` the student's score from which documents count as
+    good."""
+
+    weight: NDArray[np.float32]
+    bias: float
+    strength: float
+    cut: float
+
+
+class TrainResult(Result):
+    """What stage 2 found; every figure but `cut` is on the test part, which nothing was chosen on."""
+
+    n_train: int
+    n_validation: int
+    n_test: int
+    n_unscored: int
+    n_cut: int
+    encoder: str
+    strength: float
+    good_from: float
+    """Teacher score from which a document counts as good."""
+    cut: float
+    """Student score that finds them best, chosen on the validation part."""
+    spearman: float | None
+    mae: float
+    macro_f1: float
+    auc: float | None
+    """Student's score against good or not by the teacher."""
+    kept: dict[str, float]
+    """Precision, recall and F1 of what the student keeps at `cut`, against the teacher."""
+    kept_at_good_from: dict[str, float]
+    """The same with the student cut at good_from itself."""
+    gold: dict[str, float | int | None] | None
+    """The student against the known quality."""
+
+
+def run(recipe: Recipe, redo: bool = False) -> TrainResult:
+    """Train on the train part, choose on the validation part, report on the test part."""
+    path = ratings_path(recipe)
+    with stage("train", recipe, inputs(recipe, path)) as work:
+        done = work.finished(TrainResult, redo)
+        if done:
+            return done
+        ratings = read_ratings(path)
+        good_from = recipe.train.good_from if recipe.train.good_from is not None else sum(ratings.scale) / 2
+        check(ratings, good_from)
+        encoder = Encoder(recipe.encoder)
+        with progress("train", len(ratings.texts)) as step:
+            embeddings, n_cut = encoder.embed(ratings.texts, step)
+        parts = split(ratings.texts, recipe)
+        fit = fit_head(embeddings, ratings.scores, parts, good_from, recipe.seed)
+        predicted = (embeddings @ fit.weight + np.float32(fit.bias)).astype(np.float64)
+        result = report(work, ratings, parts, predicted, fit, good_from, n_cut)
+        write_predictions(work, ratings, parts, predicted)
+        student(recipe, encoder, ratings, fit, result).save(work.folder / "student")
+        return work.finish(result)
+
+
+def ratings_path(recipe: Recipe) -> Path:
+    """The ratings to learn from."""
+    return upstream(recipe.train.ratings, recipe, "rate/ratings.parquet", "train")
+
+
+def inputs(recipe: Recipe, path: Path) -> dict[str, object]:
+    """Everything that decides the student."""
+    return {
+        "ratings": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+        "encoder": recipe.encoder.identity(),
+        "train": recipe.train.identity(),
+        "seed": recipe.seed,
+    }
+
+
+def read_ratings(path: Path) -> Ratings:
+    """Ratings that have a score; the others are counted."""
+    try:
+        table = pq.read_table(path)
+        scale = read_scale(path)
+        columns = {name: table[name] for name in ("id", "text", "score", "gold", "prompt", "teacher")}
+    except (pa.ArrowInvalid, OSError, KeyError) as error:
+        raise UserError(
+            f"train.ratings: {path} is no ratings file ({error}); give one that gristmill rate made"
+        ) from None
+    kept = [i for i, score in enumerate(columns["score"].to_pylist()) if score is not None]
+    rows = {name: column.take(kept).to_pylist() for name, column in columns.items()}
+    if len(set(rows["prompt"])) > 1:
+        raise UserError(f"train.ratings: {path} mixes ratings of {len(set(rows['prompt']))} prompts; rate with one")
+    prompt, teacher = (rows[name][0] if kept else "" for name in ("prompt", "teacher"))
+    scores = np.array(rows["score"], dtype=np.float64)
+    return Ratings(rows["id"], rows["text"], scores, rows["gold"], scale, prompt, teacher, len(table) - len(kept))
+
+
+def check(ratings: Ratings, good_from: float) -> None:
+    """Refuse ratings nothing can be learned from."""
+    n = len(ratings.scores)
+    if n < FEWEST:
+        raise UserError(
+            f"train: only {n} documents have a score; rate at least {FEWEST}, better a thousand (--sample)"
+        )
+    if np.ptp(ratings.scores) == 0:
+        raise UserError(f"train: all {n} scores are {ratings.scores[0]:g}; mend the prompt or choose another teacher")
+    if not ratings.scale[0] < good_from <= ratings.scale[1]:
+        low, high = ratings.scale
+        raise UserError(f"train.good_from: {good_from:g} is outside the scale {low:g} to {high:g}")
+
+
+def split(texts: list[str], recipe: Recipe) -> Split:
+    """train, validation or test for each text: a seeded permutation of the distinct texts, so copies never cross."""
+    ids = np.array([corpus.text_id(text) for text in texts])
+    distinct = np.unique(ids)
+    order = np.random.default_rng(recipe.seed).permutation(len(distinct))
+    n_test = max(2, round(recipe.train.test_share * len(distinct)))
+    n_validation = max(2, round(recipe.train.validation_share * len(distinct)))
+    names = np.full(len(distinct), "train", dtype="U10")
+    names[order[:n_test]] = "test"
+    names[order[n_test : n_test + n_validation]] = "validation"
+    return names[np.searchsorted(distinct, ids)]
+
+
+def fit_head(embeddings: Embeddings, scores: Floats, parts: Split, good_from: float, seed: int) -> Fit:
+    """Ridge on the train part, its strength by 5-fold cross-validation there; the cut by F1 on validation."""
+    from sklearn.linear_model import RidgeCV
+    from sklearn.model_selection import KFold
+
+    learn, choose = parts == "train", parts == "validation"
+    folds = KFold(5, shuffle=True, random_state=seed)
+    ridge = RidgeCV(STRENGTHS, cv=folds).fit(embeddings[learn].astype(np.float64), scores[learn])
+    weight, bias = ridge.coef_.astype(np.float32), float(ridge.intercept_)
+    predicted = (embeddings[choose] @ weight + np.float32(bias)).astype(np.float64)
+    truth = scores[choose] >= good_from
+    cut = metrics.best_cut(truth, predicted) if truth.any() else good_from
+    return Fit(weight, bias, float(ridge.alpha_), cut)
+
+
+def report(
+    work: Stage, ratings: Ratings, parts: Split, predicted: Floats, fit: Fit, good_from: float, n_cut: int
+) -> TrainResult:
+    """The figures on the test part."""
+    test = parts == "test"
+    truth, guess = ratings.scores[test], predicted[test]
+    good = truth >= good_from
+    gold = [value for value, held_out in zip(ratings.gold, test, strict=True) if held_out]
+    has_gold = any(value is not None for value in gold)
+    return TrainResult(
+        seconds=work.seconds,
+        n_train=int(np.sum(parts == "train")),
+        n_validation=int(np.sum(parts == "validation")),
+        n_test=int(test.sum()),
+        n_unscored=ratings.n_unscored,
+        n_cut=n_cut,
+        encoder=work.recipe.encoder.model,
+        strength=fit.strength,
+        good_from=good_from,
+        cut=fit.cut,
+        spearman=metrics.spearman(truth, guess),
+        mae=float(np.mean(np.abs(truth - guess))),
+        macro_f1=metrics.macro_f1(metrics.int_scores(truth, ratings.scale), metrics.int_scores(guess, ratings.scale)),
+        auc=metrics.auc(good, guess),
+        kept=metrics.kept_class(good, guess >= fit.cut),
+        kept_at_good_from=metrics.kept_class(good, guess >= good_from),
+        gold=metrics.against_gold(guess, gold) if has_gold else None,
+    )
+
+
+def write_predictions(work: Stage, ratings: Ratings, parts: Split, predicted: Floats) -> None:
+    """What the student says of each rated document, beside the teacher."""
+    table = pa.table({"id": ratings.ids, "split": parts.tolist(), "score": ratings.scores, "predicted": predicted})
+    corpus.write_table(work.folder / "predictions.parquet", table)
+
+
+def student(recipe: Recipe, encoder: Encoder, ratings: Ratings, fit: Fit, result: TrainResult) -> Student:
+    """The student with its origin."""
+    about = {
+        "prompt": ratings.prompt,
+        "teacher": ratings.teacher,
+        "rounding": "int_score is floor(score + 0.5), clipped to the scale",
+        "metrics": result.model_dump(mode="json", exclude={"seconds", "n_failed"}),
+    }
+    settings = recipe.encoder.model_copy(update={"revision": encoder.revision})
+    return Student(settings, fit.weight, fit.bias, ratings.scale, about)

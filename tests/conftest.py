@@ -1,0 +1,1 @@
+"""Small real models and corpora that the tests share."""
