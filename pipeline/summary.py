@@ -73,10 +73,12 @@ def tell_score(result: Values) -> str:
     counts = ", ".join(f"{value}: {count:,}" for value, count in result["int_score_counts"].items())
     reused = f", {result['n_shards_reused']} of them reused" if result["n_shards_reused"] else ""
     speed = f"{figure(result['docs_per_s'])} docs/s, " if result["docs_per_s"] else ""
-    return (
-        f"{result['n_scored']:,} scored, {result['n_empty']:,} empty, {result['n_cut']:,} longer than the encoder reads\n"
-        f"int_score {counts}\n{speed}{result['n_shards']} shards{reused}"
-    )
+    lines = [
+        f"{result['n_scored']:,} scored, {result['n_empty']:,} empty, {result['n_cut']:,} longer than the encoder reads",
+        f"int_score {counts}",
+        f"{speed}{result['n_shards']} shards{reused}",
+    ]
+    return "\n".join(lines)
 
 
 def tell_filter(result: Values) -> str:
