@@ -1,11 +1,13 @@
 """One command per stage: the recipe's YAML, then flags, then run."""
 
+import errno
 import importlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -141,11 +143,12 @@ def execute(stages: Sequence[str], path: Path | None, given: dict[str, Any], how
     if how.dry_run:
         sys.stdout.write(config.to_yaml(recipe))
         return
-    log_to(recipe.run_folder)
-    if len(stages) > 1:
-        check_ahead(recipe)
-    results = {name: importlib.import_module(f"pipeline.{name}").run(recipe, how.redo) for name in stages}
     from pipeline import summary
+
+    with log_in(recipe.run_folder):
+        if len(stages) > 1:
+            check_ahead(recipe)
+        results = {name: importlib.import_module(f"pipeline.{name}").run(recipe, how.redo) for name in stages}
 
     values = {name: result.model_dump(mode="json") for name, result in results.items()}
     answer({**values, "run_folder": str(recipe.run_folder)}, how, summary.show)
@@ -175,7 +178,7 @@ def answer(values: dict[str, Any], how: How, show: Callable[[dict[str, Any]], No
 def main(tokens: Sequence[str] | None = None) -> NoReturn:
     """Run the command line; the exit code tells the truth."""
     log.setLevel(logging.INFO)
-    log.addHandler(logging.StreamHandler(sys.stderr))
+    log.handlers = [logging.StreamHandler(sys.stderr)]
     quieten_libraries()
     try:
         app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
@@ -185,6 +188,10 @@ def main(tokens: Sequence[str] | None = None) -> NoReturn:
         fail(str(error), 2)
     except UserError as error:
         fail(str(error), 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(f"{error}; everything recorded is kept, make room and run the same command again", 1)
     except KeyboardInterrupt:
         fail("interrupted; everything recorded is kept, the same command goes on", 130)
     sys.exit(0)
@@ -204,7 +211,8 @@ def one_line(error: CycloptsError | ValidationError) -> str:
     return " ".join(str(error).split())
 
 
-def log_to(run_folder: Path) -> None:
+@contextmanager
+def log_in(run_folder: Path) -> Iterator[None]:
     """Keep the log in the run folder too."""
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
@@ -213,6 +221,11 @@ def log_to(run_folder: Path) -> None:
         raise UserError(f"run_folder: {run_folder} cannot be written ({error.strerror}); give another") from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
 
 
 def quieten_libraries() -> None:

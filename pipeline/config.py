@@ -151,6 +151,10 @@ class Score(Settings):
     """Replace columns called score and int_score that the corpus already has, instead of stopping."""
 
 
+CUTS = ("min_score", "min_int_score", "keep_share")
+"""Ways to choose what is kept; one is given."""
+
+
 class Filter(Settings):
     """Stage 4: the best documents are kept. Give one of the three cuts."""
 
@@ -200,8 +204,10 @@ class Recipe(Common):
 
 
 def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
-    """The recipe file with the flags laid over it; flags win."""
+    """The recipe file with the flags laid over it; flags win, and a cut given as a flag replaces the recipe's."""
     values = read_recipe(path) if path else {}
+    if set(CUTS) & set(overrides.get("filter", {})):
+        overrides = merge({"filter": dict.fromkeys(CUTS)}, overrides)
     try:
         return Recipe.model_validate(merge(values, overrides))
     except ValidationError as error:

@@ -5,9 +5,9 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,17 @@ EXAMPLE_CHARACTERS = 160
 Scores = NDArray[np.float32]
 Example = tuple[int, float, str]
 """(priority, score, beginning of the text)"""
+Examples = dict[str, list[Example]]
+"""A few rows that were kept, and a few that were dropped."""
+
+REASON = pa.field("dropped_reason", pa.string())
+
+
+class Rule(NamedTuple):
+    """Rows whose `column` is at least `cut` are kept."""
+
+    column: str
+    cut: float
 
 
 class FilterResult(Result):
@@ -55,21 +66,20 @@ def run(recipe: Recipe, redo: bool = False) -> FilterResult:
             return done
         for side in ("kept", "dropped"):
             corpus.sweep(work.folder / side, keep=set())
-        cut, column = choose_cut(recipe.filter, scored, found)
+        rule = choose_rule(recipe.filter, scored, found)
         tally: Counter[str] = Counter()
-        examples: dict[str, list[Example]] = {"kept": [], "dropped": []}
+        examples: Examples = {"kept": [], "dropped": []}
         with progress("filter", corpus.n_rows(found)) as step:
             for shard in found:
-                write_shard(shard, scored, recipe, cut, column, work.folder, tally, examples)
-                step(tally["rows"] - tally["said"])
-                tally["said"] = tally["rows"]
-        return work.finish(summarise(tally, examples, cut, work.seconds))
+                of_shard = write_shard(shard, scored, recipe, rule, work.folder, examples)
+                step(of_shard.total())
+                tally += of_shard
+        return work.finish(summarise(tally, corpus.n_rows(found), examples, rule.cut, work.seconds))
 
 
 def check_one_cut(settings: config.Filter) -> None:
     """Exactly one way to choose must be given."""
-    cuts = ("min_score", "min_int_score", "keep_share")
-    given = [name for name in cuts if getattr(settings, name) is not None]
+    given = [name for name in config.CUTS if getattr(settings, name) is not None]
     if len(given) != 1:
         said = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "none"
         raise UserError(f"filter: give one of --min-score, --min-int-score and --keep-share; given: {said}")
@@ -79,7 +89,6 @@ def inputs(recipe: Recipe, found: list[Shard]) -> dict[str, Any]:
     """Everything that decides what is kept."""
     return {
         "filter": recipe.filter.identity(),
-        "text_column": recipe.corpus.text_column,
         "seed": recipe.seed,
         "shards": {shard.name: corpus.fingerprint(shard) for shard in found},
     }
@@ -88,14 +97,17 @@ def inputs(recipe: Recipe, found: list[Shard]) -> dict[str, Any]:
 # -- the cut ----------------------------------------------------------------------------------------------------------
 
 
-def choose_cut(settings: config.Filter, scored: config.Corpus, found: list[Shard]) -> tuple[float, str]:
-    """The lowest value that is kept, and the column it is compared with."""
+def choose_rule(settings: config.Filter, scored: config.Corpus, found: list[Shard]) -> Rule:
+    """The column that decides, and the lowest value that is kept."""
+    for shard in found:
+        for name in ("score", "int_score"):
+            corpus.check_column(corpus.read_schema(shard, scored), name, shard)
     if settings.min_int_score is not None:
-        return float(settings.min_int_score), "int_score"
+        return Rule("int_score", settings.min_int_score)
     if settings.min_score is not None:
-        return float(np.float32(settings.min_score)), "score"
+        return Rule("score", float(np.float32(settings.min_score)))
     assert settings.keep_share is not None
-    return share_cut(settings.keep_share, lambda: score_arrays(scored, found)), "score"
+    return Rule("score", share_cut(settings.keep_share, lambda: score_arrays(scored, found)))
 
 
 def score_arrays(scored: config.Corpus, found: list[Shard]) -> Iterator[Scores]:
@@ -134,41 +146,31 @@ def from_top(counts: NDArray[np.int64], n: int) -> tuple[int, int]:
 
 
 def write_shard(
-    shard: Shard,
-    scored: config.Corpus,
-    recipe: Recipe,
-    cut: float,
-    column: str,
-    folder: Path,
-    tally: Counter[str],
-    examples: dict[str, list[Example]],
-) -> None:
-    """Send each row of a scored shard to the kept corpus or aside, and count it."""
+    shard: Shard, scored: config.Corpus, recipe: Recipe, rule: Rule, folder: Path, examples: Examples
+) -> Counter[str]:
+    """Send each row of a scored shard to the kept corpus or aside; returns what became of them."""
     schema = corpus.read_schema(shard, scored)
-    for name in ("score", "int_score"):
-        corpus.check_column(schema, name, shard)
-    reason_field = pa.field("dropped_reason", pa.string())
+    sink = SINKS[recipe.filter.output_format]
+    tally: Counter[str] = Counter()
     with ExitStack() as files:
-        keep = files.enter_context(open_sink(folder / "kept", shard, schema, recipe.filter.output_format))
-        drop = None
-        if recipe.filter.keep_dropped:
-            aside = schema.append(reason_field)
-            drop = files.enter_context(open_sink(folder / "dropped", shard, aside, recipe.filter.output_format))
+        keep = files.enter_context(sink(folder / "kept" / shard.name, schema))
+        aside = folder / "dropped" / shard.name
+        drop = files.enter_context(sink(aside, schema.append(REASON))) if recipe.filter.keep_dropped else None
         for batch in corpus.read(shard, scored, Counts()):
-            reasons = reasons_to_drop(batch, cut, column)
+            reasons = reasons_to_drop(batch, rule)
             kept = np.array([reason is None for reason in reasons], dtype=bool)
-            tally.update(rows=len(reasons), kept=int(kept.sum()))
-            tally.update(f"dropped {reason}" for reason in reasons if reason)
+            tally.update(reason or "kept" for reason in reasons)
             remember(batch, scored, shard, kept, recipe.seed, examples)
             keep(batch.filter(pa.array(kept)))
             if drop is not None:
-                drop(batch.append_column(reason_field, pa.array(reasons, pa.string())).filter(pa.array(~kept)))
+                drop(batch.append_column(REASON, pa.array(reasons, pa.string())).filter(pa.array(~kept)))
+    return tally
 
 
-def reasons_to_drop(batch: pa.RecordBatch, cut: float, column: str) -> list[str | None]:
+def reasons_to_drop(batch: pa.RecordBatch, rule: Rule) -> list[str | None]:
     """Why each row is dropped; None for one that is kept."""
-    values = batch.column(column).to_pylist()
-    return ["no_text" if v is None else f"{column}_below_cut" if v < cut else None for v in values]
+    values = batch.column(rule.column).to_pylist()
+    return ["no_text" if v is None else f"{rule.column}_below_cut" if not v >= rule.cut else None for v in values]
 
 
 def remember(
@@ -177,9 +179,11 @@ def remember(
     shard: Shard,
     kept: NDArray[np.bool_],
     seed: int,
-    examples: dict[str, list[Example]],
+    examples: Examples,
 ) -> None:
     """Keep a few rows of either side to show, drawn uniformly (smallest hashes) from those with text."""
+    if scored.text_column.split(".")[0] not in batch.schema.names:
+        return
     texts, scores = corpus.texts(batch, scored, shard, Counts()), batch.column("score").to_pylist()
     for text, score, is_kept in zip(texts, scores, kept.tolist(), strict=True):
         if text is None or score is None:
@@ -196,22 +200,22 @@ def remember(
             heapq.heappop(heap)
 
 
-def summarise(tally: Counter[str], examples: dict[str, list[Example]], cut: float, seconds: float) -> FilterResult:
+def summarise(tally: Counter[str], n_rows: int | None, examples: Examples, cut: float, seconds: float) -> FilterResult:
     """Counts over all shards; every row must be kept or dropped."""
-    dropped = {name.split(" ")[1]: count for name, count in sorted(tally.items()) if name.startswith("dropped ")}
-    n_dropped = sum(dropped.values())
-    assert tally["rows"] == tally["kept"] + n_dropped, f"{tally['rows']} rows in, {tally['kept']} + {n_dropped} out"
+    n_kept = tally.pop("kept", 0)
+    n_dropped = sum(tally.values())
+    assert n_rows == n_kept + n_dropped, f"{n_rows} rows in, {n_kept} + {n_dropped} out"
     shown = {
         side: [{"score": round(score, 3), "text": text} for _, score, text in sorted(heap, reverse=True)]
         for side, heap in examples.items()
     }
     return FilterResult(
         seconds=seconds,
-        n_rows=tally["rows"],
-        n_kept=tally["kept"],
+        n_rows=n_rows,
+        n_kept=n_kept,
         n_dropped=n_dropped,
-        dropped=dropped,
-        kept_share=tally["kept"] / max(tally["rows"], 1),
+        dropped=dict(sorted(tally.items())),
+        kept_share=n_kept / max(n_rows, 1),
         cut=cut,
         examples_kept=shown["kept"],
         examples_dropped=shown["dropped"],
@@ -223,22 +227,21 @@ def summarise(tally: Counter[str], examples: dict[str, list[Example]], cut: floa
 Sink = Callable[[pa.RecordBatch], None]
 
 
-def open_sink(folder: Path, shard: Shard, schema: pa.Schema, output_format: str) -> Any:
-    """A context that gives a function which writes record batches to one shard, atomically."""
-    from contextlib import contextmanager
+@contextmanager
+def parquet_sink(path: Path, schema: pa.Schema) -> Iterator[Sink]:
+    """Writes record batches to a parquet shard."""
+    with corpus.shard_writer(path, schema) as writer:
+        yield writer.write_batch
 
-    @contextmanager
-    def parquet() -> Iterator[Sink]:
-        with corpus.shard_writer(folder / shard.name, schema) as writer:
-            yield writer.write_batch
 
-    @contextmanager
-    def jsonl() -> Iterator[Sink]:
-        path = (folder / shard.name).with_suffix(".jsonl")
-        with corpus.atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            yield lambda batch: write_lines(file, batch)
+@contextmanager
+def jsonl_sink(path: Path, _: pa.Schema) -> Iterator[Sink]:
+    """Writes record batches as JSON lines, under the shard's name with .jsonl at its end."""
+    with corpus.atomic(path.with_suffix(".jsonl")) as temporary, temporary.open("w", encoding="utf-8") as file:
+        yield lambda batch: write_lines(file, batch)
 
-    return parquet() if output_format == "parquet" else jsonl()
+
+SINKS = {"parquet": parquet_sink, "jsonl": jsonl_sink}
 
 
 def write_lines(file: IO[str], batch: pa.RecordBatch) -> None:

@@ -48,39 +48,34 @@ class ScoreResult(Result):
 
 def run(recipe: Recipe, redo: bool = False) -> ScoreResult:
     """Score shard by shard; a shard that is there with the right fingerprint is not done again."""
-    folder = upstream(recipe.score.student, recipe, "train/student", "score")
+    student = students.load(upstream(recipe.score.student, recipe, "train/student", "score"), recipe.encoder)
     found = corpus.shards(recipe.corpus)
-    made_from = inputs(recipe, folder, found)
+    made_from = inputs(recipe, student, found)
     with stage("score", recipe, made_from) as work:
         done = work.finished(ScoreResult, redo)
         if done:
             return done
-        out = work.folder / "scored"
-        corpus.sweep(out, keep={shard.name for shard in found})
-        student = students.load(folder, recipe.encoder)
-        tallies: list[Counter[str]] = []
-        n_reused = 0
         for shard in found:
             check_columns(shard, recipe)
-        with progress("score", corpus.n_rows(found)) as step:
+        out = work.folder / "scored"
+        corpus.sweep(out, keep={shard.name for shard in found})
+        prints = {shard: digest([made_from["settings"], made_from["shards"][shard.name]]) for shard in found}
+        tallies = {shard: tally_of(out / shard.name, prints[shard]) for shard in found}
+        n_reused = sum(tally is not None for tally in tallies.values())
+        with progress("score", corpus.n_rows(shard for shard in found if tallies[shard] is None)) as step:
             for shard in found:
-                fingerprint = digest([made_from["settings"], made_from["shards"][shard.name]])
-                tally = tally_of(out / shard.name, fingerprint)
-                n_reused += tally is not None
-                if tally is None:
-                    tally = score_shard(shard, recipe, student, out / shard.name, fingerprint, step)
-                else:
-                    step(tally["n_rows"])
-                tallies.append(tally)
-        return work.finish(summarise(tallies, n_reused, made_from, work.seconds))
+                if tallies[shard] is None:
+                    tallies[shard] = score_shard(shard, recipe, student, out / shard.name, prints[shard], step)
+        return work.finish(
+            summarise([tally for tally in tallies.values() if tally], n_reused, made_from, work.seconds)
+        )
 
 
-def inputs(recipe: Recipe, folder: Path, found: list[Shard]) -> dict[str, Any]:
+def inputs(recipe: Recipe, student: Student, found: list[Shard]) -> dict[str, Any]:
     """Everything that decides the scores."""
     return {
         "settings": {
-            "student": students.fingerprint(folder),
-            "encoder": {"dtype": recipe.encoder.dtype, "batch_tokens": recipe.encoder.batch_tokens},
+            "student": student.fingerprint,
             "corpus": recipe.corpus.identity(),
             "score": recipe.score.identity(),
         },

@@ -4,7 +4,6 @@ from pipeline.student import load
 load("runs/demo/train/student").score(["Photosynthesis turns light into sugar."])
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +40,11 @@ class Student:
         """The encoder, loaded at first use."""
         return Encoder(self.encoder_settings)
 
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of all that decides the scores."""
+        return config.digest([self.weight.tobytes().hex(), self.bias, self.encoder_settings.identity(), self.scale])
+
     def score(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Scores (n_texts,) float32, not clipped."""
         return self.score_counted(texts)[0]
@@ -49,8 +53,13 @@ class Student:
         self, texts: Sequence[str], step: Callable[[int], None] = lambda _: None
     ) -> tuple[NDArray[np.float32], int]:
         """Scores (n_texts,) float32, and how many texts were longer than the encoder reads."""
+        if not texts:
+            return np.empty(0, np.float32), 0
         embeddings, n_cut = self.encoder.embed(texts, step)
-        return (self.head(embeddings) if len(texts) else np.empty(0, np.float32)), n_cut
+        scores = self.head(embeddings)
+        if not np.isfinite(scores).all():
+            raise UserError(f"encoder {self.encoder_settings.model} gives NaN; score with --encoder.dtype float32")
+        return scores, n_cut
 
     def head(self, embeddings: Embeddings) -> NDArray[np.float32]:
         """Scores of embeddings (n, dim)."""
@@ -77,11 +86,12 @@ class Student:
 def load(folder: str | Path, encoder: config.Encoder | None = None) -> Student:
     """A student from its folder; `encoder` may set another device, precision or batch size."""
     folder = Path(folder)
+    safetensors = needs("safetensors", "torch")
     load_file = needs("safetensors.numpy", "torch").load_file
     try:
         description = json.loads((folder / "student.json").read_text(encoding="utf-8"))
         head = load_file(folder / "head.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{folder} is no student ({error}); give a folder that gristmill train made") from None
     if description.pop("format", None) != FORMAT:
         raise UserError(f"{folder} was made by another version of gristmill; train it again")
@@ -91,10 +101,3 @@ def load(folder: str | Path, encoder: config.Encoder | None = None) -> Student:
         settings = settings.model_copy(update=how)
     low, high = description.pop("scale")
     return Student(settings, head["weight"], float(head["bias"][0]), (low, high), description)
-
-
-def fingerprint(folder: Path) -> str:
-    """16 hex digits of what decides a student's scores: its head and its description of the encoder."""
-    description = json.loads((folder / "student.json").read_text(encoding="utf-8"))
-    decisive = json.dumps([description["encoder"], description["scale"]], sort_keys=True).encode()
-    return hashlib.sha256((folder / "head.safetensors").read_bytes() + decisive).hexdigest()[:16]

@@ -74,7 +74,7 @@ def tell_score(result: Values) -> str:
     reused = f", {result['n_shards_reused']} of them reused" if result["n_shards_reused"] else ""
     speed = f"{figure(result['docs_per_s'])} docs/s, " if result["docs_per_s"] else ""
     lines = [
-        f"{result['n_scored']:,} scored, {result['n_empty']:,} empty, {result['n_cut']:,} longer than the encoder reads",
+        f"{result['n_scored']:,} scored, {result['n_empty']:,} empty, {result['n_cut']:,} judged by their beginning",
         f"int_score {counts}",
         f"{speed}{result['n_shards']} shards{reused}",
     ]

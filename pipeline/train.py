@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -24,8 +25,11 @@ log = logging.getLogger("gristmill")
 STRENGTHS = np.logspace(-3, 3, 25)
 """Ridge strengths tried, for embeddings of about unit length."""
 
-FEWEST = 20
+FEWEST = 10
 """Ratings below which no head is trained."""
+
+ENOUGH = 200
+"""Ratings below which the figures say little, and the log says so."""
 
 Split = NDArray[np.str_]
 
@@ -120,20 +124,19 @@ def inputs(recipe: Recipe, path: Path) -> dict[str, object]:
 def read_ratings(path: Path) -> Ratings:
     """Ratings that have a score; the others are counted."""
     try:
-        table = pq.read_table(path)
         scale = read_scale(path)
-        columns = {name: table[name] for name in ("id", "text", "score", "gold", "prompt", "teacher")}
+        table = pq.read_table(path, columns=["id", "text", "score", "gold", "prompt", "teacher"])
+        scored = table.filter(pc.is_valid(table["score"]))
     except (pa.ArrowInvalid, OSError, KeyError) as error:
         raise UserError(
             f"train.ratings: {path} is no ratings file ({error}); give one that gristmill rate made"
         ) from None
-    kept = [i for i, score in enumerate(columns["score"].to_pylist()) if score is not None]
-    rows = {name: column.take(kept).to_pylist() for name, column in columns.items()}
+    rows = scored.to_pydict()
     if len(set(rows["prompt"])) > 1:
         raise UserError(f"train.ratings: {path} mixes ratings of {len(set(rows['prompt']))} prompts; rate with one")
-    prompt, teacher = (rows[name][0] if kept else "" for name in ("prompt", "teacher"))
+    prompt, teacher = (rows[name][0] if rows[name] else "" for name in ("prompt", "teacher"))
     scores = np.array(rows["score"], dtype=np.float64)
-    return Ratings(rows["id"], rows["text"], scores, rows["gold"], scale, prompt, teacher, len(table) - len(kept))
+    return Ratings(rows["id"], rows["text"], scores, rows["gold"], scale, prompt, teacher, len(table) - len(scored))
 
 
 def check(ratings: Ratings, good_from: float) -> None:
@@ -143,6 +146,8 @@ def check(ratings: Ratings, good_from: float) -> None:
         raise UserError(
             f"train: only {n} documents have a score; rate at least {FEWEST}, better a thousand (--sample)"
         )
+    if n < ENOUGH:
+        log.warning("train: %d ratings are few; expect figures to be far off", n)
     if np.ptp(ratings.scores) == 0:
         raise UserError(f"train: all {n} scores are {ratings.scores[0]:g}; mend the prompt or choose another teacher")
     if not ratings.scale[0] < good_from <= ratings.scale[1]:
@@ -170,7 +175,8 @@ def fit_head(embeddings: Embeddings, scores: Floats, parts: Split, good_from: fl
 
     learn, choose = parts == "train", parts == "validation"
     folds = KFold(5, shuffle=True, random_state=seed)
-    ridge = RidgeCV(STRENGTHS, cv=folds).fit(embeddings[learn].astype(np.float64), scores[learn])
+    ridge = RidgeCV(STRENGTHS, cv=folds, scoring="neg_mean_squared_error")
+    ridge.fit(embeddings[learn].astype(np.float64), scores[learn])
     weight, bias = ridge.coef_.astype(np.float32), float(ridge.intercept_)
     predicted = (embeddings[choose] @ weight + np.float32(bias)).astype(np.float64)
     truth = scores[choose] >= good_from

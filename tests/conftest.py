@@ -6,13 +6,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "2"
 
-import json  # noqa: E402
-from pathlib import Path  # noqa: E402
-from pydoc_data.topics import topics  # noqa: E402
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
 
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-import pytest  # noqa: E402
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

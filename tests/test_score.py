@@ -1,0 +1,223 @@
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import config, corpus, score, student
+from pipeline.errors import UserError
+from pipeline.student import Student
+
+
+@pytest.fixture
+def student_folder(tmp_path: Path, tiny_encoder: Path) -> Path:
+    settings = config.Encoder(model=str(tiny_encoder), max_tokens=64, dtype="float32", device="cpu")
+    weight = np.random.default_rng(0).normal(size=32).astype(np.float32)
+    Student(settings, weight, 2.5, (0, 5)).save(tmp_path / "student")
+    return tmp_path / "student"
+
+
+def recipe(tmp_path: Path, corpus_path: Path, student_folder: Path, **settings: object) -> config.Recipe:
+    of_corpus = {name: settings.pop(name) for name in ("text_column", "skip_bad_rows") if name in settings}
+    return config.Recipe.model_validate(
+        {
+            "run_folder": tmp_path / "run",
+            "corpus": {"path": str(corpus_path), **of_corpus},
+            "encoder": {"dtype": "float32", "device": "cpu"},
+            "score": {"student": student_folder, **settings},
+        }
+    )
+
+
+def scored(tmp_path: Path, name: str) -> pa.Table:
+    return pq.read_table(tmp_path / "run" / "score" / "scored" / name)
+
+
+def test_every_document_gets_a_score_and_an_int_score_in_its_place(
+    tmp_path: Path, corpus_folder: Path, student_folder: Path
+):
+    result = score.run(recipe(tmp_path, corpus_folder, student_folder))
+    assert (result.n_rows, result.n_scored, result.n_shards) == (60, 60, 3)
+    loaded = student.load(student_folder)
+    for shard in ("part-0.parquet", "part-1.parquet", "part-2.parquet"):
+        before, after = pq.read_table(corpus_folder / shard), scored(tmp_path, shard)
+        assert after.schema.names == [*before.schema.names, "score", "int_score"]
+        assert after.select(before.schema.names).equals(before)
+        assert (after.schema.field("score").type, after.schema.field("int_score").type) == (pa.float32(), pa.int8())
+        expected = loaded.score(before["text"].to_pylist())
+        np.testing.assert_allclose(after["score"].to_numpy(), expected, atol=1e-4)
+        assert after["int_score"].to_pylist() == np.clip(np.floor(after["score"].to_numpy() + 0.5), 0, 5).tolist()
+    assert sum(result.int_score_counts.values()) == 60
+
+
+def test_empty_and_null_texts_have_null_scores_and_are_counted(tmp_path: Path, student_folder: Path):
+    source = tmp_path / "corpus.parquet"
+    pq.write_table(pa.table({"text": ["a real text", "", None, "  \n", "another"]}), source)
+    result = score.run(recipe(tmp_path, source, student_folder))
+    assert (result.n_scored, result.n_empty) == (2, 3)
+    found = scored(tmp_path, "corpus.parquet")
+    assert [value is None for value in found["score"].to_pylist()] == [False, True, True, True, False]
+    assert [value is None for value in found["int_score"].to_pylist()] == [False, True, True, True, False]
+
+
+def test_other_columns_pass_through_with_type_and_order_unchanged(tmp_path: Path, student_folder: Path):
+    table = pa.table(
+        {
+            "when": pa.array([1, 2], pa.timestamp("us", tz="America/Lima")),
+            "tags": pa.array(["a", "b"]).dictionary_encode(),
+            "text": pa.array(["one text", "two texts"], pa.large_string()),
+            "nested": pa.array([[{"k": 1}], []], pa.list_(pa.struct({"k": pa.int16()}))),
+            "price": pa.array([Decimal("1.50"), None], pa.decimal128(9, 2)),
+            "raw": pa.array([b"\xff", b""], pa.binary()),
+            "nothing": pa.nulls(2),
+        }
+    )
+    pq.write_table(table, tmp_path / "corpus.parquet")
+    score.run(recipe(tmp_path, tmp_path / "corpus.parquet", student_folder))
+    after = scored(tmp_path, "corpus.parquet").select(table.schema.names)
+    assert after.schema.equals(table.schema)
+    assert after.equals(table)
+
+
+def test_the_text_may_be_nested_and_json_lines_become_parquet(tmp_path: Path, student_folder: Path):
+    rows = [{"page": {"body": f"text {i}"}, "n": i} for i in range(5)] + [{"page": {"body": "late"}, "late": "x"}]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    score.run(recipe(tmp_path, tmp_path / "corpus.jsonl", student_folder, text_column="page.body"))
+    found = scored(tmp_path, "corpus.parquet")
+    assert found["late"].to_pylist() == [None] * 5 + ["x"]
+    assert found["page"].to_pylist() == [row["page"] for row in rows]
+    assert found["score"].null_count == 0
+
+
+def test_bad_rows_that_are_skipped_are_counted(tmp_path: Path, student_folder: Path):
+    (tmp_path / "corpus.jsonl").write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n[1]\n')
+    result = score.run(recipe(tmp_path, tmp_path / "corpus.jsonl", student_folder, skip_bad_rows=True))
+    assert (result.n_rows, result.n_scored, result.n_bad_rows) == (3, 1, 2)
+
+
+def test_hugging_face_reads_the_scored_shards_with_their_features(tmp_path: Path, student_folder: Path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "kind": datasets.ClassLabel(names=["a", "b"])})
+    dataset = datasets.Dataset.from_dict({"text": ["one", "two"], "kind": [0, 1]}, features=features)
+    dataset.to_parquet(str(tmp_path / "corpus.parquet"))
+    score.run(recipe(tmp_path, tmp_path / "corpus.parquet", student_folder))
+    out = str(tmp_path / "run" / "score" / "scored" / "corpus.parquet")
+    back = datasets.load_dataset("parquet", data_files=out, split="train", cache_dir=str(tmp_path / "cache"))
+    assert back.features["kind"].names == ["a", "b"]
+    assert str(back.features["score"].dtype) == "float32" and str(back.features["int_score"].dtype) == "int8"
+
+
+def test_trap_16_a_half_written_shard_is_done_again(tmp_path: Path, corpus_folder: Path, student_folder: Path):
+    settings = recipe(tmp_path, corpus_folder, student_folder)
+    score.run(settings)
+    out = tmp_path / "run" / "score" / "scored"
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "part-1.parquet").write_bytes(whole["part-1.parquet"][:-100])
+    (out / ".part-2.parquet.123.tmp").write_bytes(b"left by a killed writer")
+    (tmp_path / "run" / "score" / "result.json").unlink()
+    result = score.run(settings)
+    assert result.n_shards_reused == 2
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+
+
+def test_trap_16_the_corpus_itself_is_never_touched(tmp_path: Path, corpus_folder: Path, student_folder: Path):
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in corpus_folder.iterdir()}
+    score.run(recipe(tmp_path, corpus_folder, student_folder))
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in corpus_folder.iterdir()} == before
+
+
+def test_a_shard_added_or_changed_is_said_and_only_it_is_scored(
+    tmp_path: Path, corpus_folder: Path, student_folder: Path
+):
+    settings = recipe(tmp_path, corpus_folder, student_folder)
+    score.run(settings)
+    pq.write_table(pa.table({"id": ["new"], "text": ["a new text"]}), corpus_folder / "part-9.parquet")
+    with pytest.raises(UserError, match=r"shards.part-9.parquet changed from None .* --redo"):
+        score.run(settings)
+    result = score.run(settings, redo=True)
+    assert (result.n_shards, result.n_shards_reused, result.n_rows) == (4, 3, 61)
+    (corpus_folder / "part-0.parquet").unlink()
+    result = score.run(settings, redo=True)
+    assert (result.n_shards, result.n_rows) == (3, 41)
+    assert not (tmp_path / "run" / "score" / "scored" / "part-0.parquet").exists()
+
+
+def test_another_student_scores_everything_again(tmp_path: Path, corpus_folder: Path, student_folder: Path):
+    settings = recipe(tmp_path, corpus_folder, student_folder)
+    score.run(settings)
+    changed = student.load(student_folder)
+    changed.bias += 1
+    changed.save(student_folder)
+    with pytest.raises(UserError, match=r"settings.student changed"):
+        score.run(settings)
+    assert score.run(settings, redo=True).n_shards_reused == 0
+
+
+def test_a_column_called_score_is_refused_or_replaced_but_never_doubled(tmp_path: Path, student_folder: Path):
+    pq.write_table(pa.table({"score": [9.5], "text": ["a text"]}), tmp_path / "corpus.parquet")
+    with pytest.raises(UserError, match=r"corpus.parquet already has a column 'score'; replace it with"):
+        score.run(recipe(tmp_path, tmp_path / "corpus.parquet", student_folder))
+    score.run(recipe(tmp_path, tmp_path / "corpus.parquet", student_folder, replace_existing=True), redo=True)
+    found = scored(tmp_path, "corpus.parquet")
+    assert found.schema.names == ["text", "score", "int_score"] and found["score"][0].as_py() != 9.5
+
+
+@pytest.mark.parametrize("rows", [[], None])
+def test_an_empty_corpus_is_refused(tmp_path: Path, student_folder: Path, rows: list | None):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    if rows is not None:
+        pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "a.parquet")
+    with pytest.raises(UserError, match=r"corpus.path: .*corpus (has no rows|holds no parquet)"):
+        score.run(recipe(tmp_path, folder, student_folder))
+
+
+def test_a_wrong_column_is_named_with_those_there_are_before_anything_is_scored(
+    tmp_path: Path, corpus_folder: Path, student_folder: Path
+):
+    with pytest.raises(UserError, match=r"has no column 'body'; there are: id, text, meta, good"):
+        score.run(recipe(tmp_path, corpus_folder, student_folder, text_column="body"))
+    assert not list((tmp_path / "run" / "score" / "scored").glob("*"))
+
+
+def test_a_damaged_shard_is_named_and_those_before_it_are_kept(
+    tmp_path: Path, corpus_folder: Path, student_folder: Path
+):
+    """The footer is whole, so it is found only while reading."""
+    table = pa.table({"text": [f"text {i} " * 50 for i in range(3000)]})
+    pq.write_table(table, corpus_folder / "part-5.parquet", compression="none", use_dictionary=False)
+    raw = bytearray((corpus_folder / "part-5.parquet").read_bytes())
+    raw[4:400] = b"\xff" * 396
+    (corpus_folder / "part-5.parquet").write_bytes(raw)
+    with pytest.raises(UserError, match=r"part-5.parquet cannot be read as parquet"):
+        score.run(recipe(tmp_path, corpus_folder, student_folder))
+    out = tmp_path / "run" / "score" / "scored"
+    assert sorted(path.name for path in out.iterdir()) == ["part-0.parquet", "part-1.parquet", "part-2.parquet"]
+
+
+def test_score_says_what_is_missing(tmp_path: Path, corpus_folder: Path):
+    with pytest.raises(UserError, match="run gristmill train first"):
+        score.run(recipe(tmp_path, corpus_folder, tmp_path).model_copy(update={"score": config.Score()}))
+    with pytest.raises(UserError, match=r"nowhere does not exist"):
+        score.run(recipe(tmp_path, corpus_folder, tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"is no student"):
+        score.run(recipe(tmp_path, corpus_folder, corpus_folder))
+
+
+def test_windows_of_rows_bound_the_memory_of_a_shard(tmp_path: Path, student_folder: Path, monkeypatch):
+    """The encoder never sees more than a window at a time."""
+    monkeypatch.setattr(corpus, "BATCH_ROWS", 64)
+    pq.write_table(pa.table({"text": [f"text {i}" for i in range(300)]}), tmp_path / "corpus.parquet")
+    seen: list[int] = []
+    original = Student.score_counted
+
+    def watched(self, texts, step):
+        seen.append(len(texts))
+        return original(self, texts, step)
+
+    monkeypatch.setattr(Student, "score_counted", watched)
+    score.run(recipe(tmp_path, tmp_path / "corpus.parquet", student_folder))
+    assert seen == [64, 64, 64, 64, 44]
