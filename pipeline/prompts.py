@@ -1,12 +1,13 @@
 """A prompt file: rubric, scale, how its answer is read, digest."""
 
+import difflib
 import math
 import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from pipeline.config import Settings, digest
 from pipeline.errors import UserError
@@ -16,10 +17,21 @@ LABELS = re.compile(r"\{\{\s*labels\s*\}\}")
 CUT_MARK = " […]"
 """Ends a document that was cut, so that the teacher doesn't take the break for bad writing."""
 
-NUMBER = r"(?P<number>[-+]?\d+(?:[.,]\d+)?)(?:\s*/\s*(?P<out_of>\d+(?:[.,]\d+)?))?"
-EMPHASIS = re.compile(r"[*_`]+")
-RANGE_GOES_ON = re.compile(r"\s*(?:-|–|—|to\b)\s*\d")
-REFUSAL = re.compile(r"\s*(?:i['’]?m sorry|i am sorry|i can['’]?t|i cannot|lo siento|no puedo)\b", re.IGNORECASE)
+GAP = r"[^\S\n]*"
+NUMBER = (
+    r"(?<![\d.,+−-])(?P<number>[+−-]?\d+(?:[.,]\d+)?)"
+    rf"(?:{GAP}(?:/|(?:out{GAP})?of\b|de\b|sobre\b){GAP}(?P<out_of>\d+(?:[.,]\d+)?))?"
+)
+"""A number and the scale it names (3, 3.5, 3,5, 3/5, 3 out of 5, 3 de 5), never the tail of a longer number."""
+EMPHASIS = re.compile(r"[*`]+|\b_+|_+\b")
+RANGE_GOES_ON = re.compile(rf"{GAP}(?:[-–—~]|(?:to|or|a|o)\b){GAP}\d", re.IGNORECASE)
+LINE_ENDS = re.compile(r"[^\w\n]*\n")
+REFUSAL = re.compile(
+    r"\s*(?:sorry|i(?:['’]?m| am) (?:sorry|unable)|i (?:can['’]?t|cannot|won['’]t)|lo siento|no puedo)\b",
+    re.IGNORECASE,
+)
+BREAKS = r"\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029"
+"""Everything that ends a line."""
 
 Reason = Literal["no_score", "truncated", "refused", "request_failed"]
 
@@ -27,15 +39,15 @@ Reason = Literal["no_score", "truncated", "refused", "request_failed"]
 class Choice(Settings):
     """Candidate answers that mean the same, and what they are worth."""
 
-    value: float
+    value: FiniteFloat
     answers: tuple[str, ...]
 
 
 class Line(Settings):
     """Puts log-odds on the scale: score = offset + slope x log-odds, clipped to the scale."""
 
-    offset: float
-    slope: float
+    offset: FiniteFloat
+    slope: FiniteFloat = Field(gt=0)
 
 
 class Prompt(Settings):
@@ -47,10 +59,11 @@ class Prompt(Settings):
     read: Literal["generate", "choices", "label"]
     """generate: the score is read from the answer. choices: from the probabilities of candidate answers, nothing is
     generated. label: the answer is one of `labels`."""
-    scale: tuple[float, float] = (0, 5)
+    scale: tuple[FiniteFloat, FiniteFloat] = (0, 5)
     """Lowest and highest score."""
     pattern: str = r"score\W{0,3}\s*{number}"
-    """Regular expression, case ignored, whose last match holds the score; {number} stands for the number."""
+    """Regular expression, case ignored, whose last match holds the score; {number} stands for the number. Emphasis
+    (* ` and _ around words) is taken out of the answer first."""
     choices: tuple[Choice, ...] = ()
     """Groups of candidate answers, each spelled exactly as it would follow, leading space included."""
     normalise: bool = True
@@ -103,24 +116,27 @@ class Prompt(Settings):
     def around(self) -> tuple[str, str]:
         """The body before and after the document, labels filled in."""
         listed = "\n".join(f"- {label}" for label in self.labels)
-        before, after = PLACE.split(LABELS.sub(lambda _: listed, self.body))
+        before, after = (LABELS.sub(lambda _: listed, part) for part in PLACE.split(self.body))
         return before, after
 
     def fence(self, document: str) -> str:
         """The document with the lines that enclose it in the prompt broken by a backslash, so it cannot close them."""
         before, after = self.around()
-        for mark in {*before.rstrip().splitlines()[-1:], *after.lstrip().splitlines()[:1]}:
+        for mark in dict.fromkeys(before.rstrip().splitlines()[-1:] + after.lstrip().splitlines()[:1]):
             document = mark_pattern(mark).sub(r"\g<indent>\g<first>\\\g<rest>", document)
         return document
 
 
 def mark_pattern(mark: str) -> re.Pattern[str]:
-    """Finds a line of the prompt in a document, however it is cased and spaced: a tag anywhere, words at the start of
-    a line only."""
-    first, *rest = [re.escape(part) for part in re.findall(r"\w+|[^\w\s]", mark)] or [r"(?!)"]
-    indent = r"^[ \t]*" if mark.strip()[:1].isalnum() else ""
-    spaced = "".join(rf"\s*{part}" for part in rest)
-    return re.compile(rf"(?P<indent>{indent})(?P<first>{first})(?P<rest>{spaced})", re.IGNORECASE | re.MULTILINE)
+    """Finds a line of the prompt in a document, however it is cased and spaced: a tag anywhere and with attributes,
+    words at the start of a line, mere punctuation (###) as a whole line only."""
+    tag, wordless = mark.strip().startswith("<"), re.search(r"\w", mark) is None
+    first, *rest = re.findall(r"\w+|[^\w\s]", mark.rstrip("> ") if tag else mark)
+    gap = r"\s*" if tag else rf"[^\S{BREAKS}]*"
+    begin = "" if tag else rf"(?<![^{BREAKS}]){gap}"
+    end = rf"(?={gap}(?![^{BREAKS}]))" if wordless else r"(?!\w)" if [first, *rest][-1].isalnum() else ""
+    spaced = "".join(gap + re.escape(part) for part in rest)
+    return re.compile(rf"(?P<indent>{begin})(?P<first>{re.escape(first)})(?P<rest>{spaced}){end}", re.IGNORECASE)
 
 
 class Reading(NamedTuple):
@@ -168,7 +184,7 @@ def check_labels(prompt: Prompt) -> None:
 def load(path: Path) -> Prompt:
     """Read a prompt file."""
     try:
-        raw = path.read_text(encoding="utf-8")
+        raw = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"rate.prompt: {path} cannot be read ({error}); give a prompt file such as prompts/edu-en.md"
@@ -178,20 +194,31 @@ def load(path: Path) -> Prompt:
         raise UserError(f"{path}: no front matter; begin the file with --- lines around its settings")
     try:
         front = yaml.safe_load(match[1]) or {}
-        return Prompt.model_validate({"name": path.stem, **front, "body": match[2].strip()})
     except yaml.YAMLError as error:
         raise UserError(f"{path}: the front matter is not YAML: {' '.join(str(error).split())}") from None
-    except (ValidationError, TypeError) as error:
+    if not isinstance(front, dict):
+        raise UserError(f"{path}: the front matter is not a mapping; write one setting: value a line")
+    try:
+        return Prompt.model_validate({"name": path.stem, **front, "body": match[2].strip()})
+    except ValidationError as error:
         raise UserError(f"{path}: {one_line(error)}") from None
 
 
-def one_line(error: ValidationError | TypeError) -> str:
+def one_line(error: ValidationError) -> str:
     """What is wrong with a prompt, and where."""
-    if isinstance(error, TypeError):
-        return "the front matter is not a mapping"
-    first = error.errors()[0]
+    errors = error.errors()
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     key = ".".join(str(part) for part in first["loc"])
-    return f"{key}: {first['msg']}" if key else first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        known = [*Prompt.model_fields, *Choice.model_fields, *Line.model_fields]
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        message = "no such setting" + (f"; did you mean {near[0]}?" if near else "")
+    elif first["type"] == "string_type":
+        message = f"{first['input']!r} is no text; put it in quotes"
+    elif key and first["type"] != "missing":
+        message += f", got {first['input']!r}"
+    return f"{key}: {message}" if key else message
 
 
 # -- reading answers --------------------------------------------------------------------------------------------------
@@ -205,14 +232,13 @@ def score_pattern(pattern: str) -> re.Pattern[str]:
 def read_text(prompt: Prompt, answer: str, finished: bool) -> Reading:
     """The score in a written answer: its last match, if that is on the scale.
 
-    Bold, "3/5", a decimal comma and case are understood. A fraction of another scale, a range, or a number at the
-    very end of an unfinished answer is no score.
+    Bold, "3/5", a decimal comma and case are understood. A fraction of another scale or a range is no score; in an
+    unfinished answer only a score that ends its line counts, because anything else may be a quotation or go on.
     """
     plain = EMPHASIS.sub("", answer)
-    matches = list(score_pattern(prompt.pattern).finditer(plain))
-    score = on_scale(prompt, matches[-1]) if matches else None
-    complete = finished or (bool(matches) and matches[-1].end() < len(plain))
-    if score is not None and complete:
+    *_, last = [None, *score_pattern(prompt.pattern).finditer(plain)]
+    score = on_scale(prompt, last) if last else None
+    if score is not None and last and (finished or LINE_ENDS.match(plain, last.end())):
         return Reading(score)
     if not finished:
         return Reading(None, "truncated")
@@ -221,12 +247,16 @@ def read_text(prompt: Prompt, answer: str, finished: bool) -> Reading:
 
 def on_scale(prompt: Prompt, match: re.Match[str]) -> float | None:
     """The matched number, if it is a single number of the prompt's scale."""
-    number = float(match["number"].replace(",", "."))
-    out_of = match["out_of"]
-    other_scale = out_of is not None and float(out_of.replace(",", ".")) != prompt.scale[1]
-    if other_scale or RANGE_GOES_ON.match(match.string, match.end()):
+    number, out_of = (to_float(match[name]) for name in ("number", "out_of"))
+    other_scale = out_of is not None and out_of != prompt.scale[1]
+    if number is None or other_scale or RANGE_GOES_ON.match(match.string, match.end()):
         return None
     return number if prompt.scale[0] <= number <= prompt.scale[1] else None
+
+
+def to_float(written: str | None) -> float | None:
+    """A written number, with a decimal point or comma."""
+    return None if written is None else float(written.replace(",", ".").replace("−", "-"))
 
 
 def read_choices(prompt: Prompt, log_probs: dict[str, float]) -> Reading:
@@ -244,8 +274,8 @@ def read_choices(prompt: Prompt, log_probs: dict[str, float]) -> Reading:
     mass = math.exp(total)
     score = sum(value * p for value, p in shares) * (1 if prompt.normalise else mass)
     if prompt.line is not None:
-        score = clip(prompt.line.offset + prompt.line.slope * log_odds(groups), prompt.scale)
-    return Reading(score, None, mass, entropy)
+        score = prompt.line.offset + prompt.line.slope * log_odds(groups)
+    return Reading(clip(score, prompt.scale), None, mass, entropy)
 
 
 def log_odds(groups: list[tuple[float, float]]) -> float:

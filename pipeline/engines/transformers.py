@@ -2,11 +2,13 @@
 computed once."""
 
 import copy
+import functools
 import inspect
 import logging
 import math
+import struct
 import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,12 @@ class Pieces(NamedTuple):
     tail: list[int]
     decoder: list[int]
     """What an encoder-decoder's answer begins with; empty for causal models."""
+    before_answer: str
+    """The text that the answer follows, back to the document: candidates are tokenised after it."""
+
+
+After = Callable[[tuple[int, ...]], Any]
+"""Log-probabilities after each of further tokens: (n_rows, n_tokens, vocabulary)."""
 
 
 class Row(NamedTuple):
@@ -69,14 +77,17 @@ class LocalTeacher:
         self.prompt, self.settings = prompt, teacher
         self.device = pick_device(teacher.device)
         self.tokenizer, self.model = load(teacher, self.device)
+        self.forward_takes = inspect.signature(self.model.forward).parameters
         self.encoder_decoder = bool(self.model.config.is_encoder_decoder)
-        self.room = teacher.max_tokens if prompt.read == "generate" else 1
-        start = [self.model.config.decoder_start_token_id] if self.encoder_decoder else []
+        start = [self.model.generation_config.decoder_start_token_id] if self.encoder_decoder else []
         self.pieces = pieces(self.tokenizer, prompt, teacher, start)
-        self.candidates = candidate_ids(self.tokenizer, prompt, self.pieces)
-        self.mark = self.tokenizer(CUT_MARK, add_special_tokens=False)["input_ids"]
+        self.candidates = candidate_ids(self.tokenizer, prompt, self.pieces.before_answer)
+        longest = max((len(ids) for ids in self.candidates.values() if ids), default=0)
+        self.room = longest if prompt.read == "choices" else teacher.max_tokens
+        self.mark = token_ids(self.tokenizer, CUT_MARK)
         self.document_tokens = self.fit_context()
-        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        self.document_tokenizer = document_tokenizer(self.tokenizer)
+        self.pad, self.ends = pad_and_ends(self.tokenizer, self.model)
         self.prefix = self.compute_prefix()
 
     def fit_context(self) -> int:
@@ -84,11 +95,12 @@ class LocalTeacher:
         config = self.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None) or math.inf
         around = len(self.pieces.head) + len(self.pieces.tail) + len(self.mark)
-        free = context - around - (0 if self.encoder_decoder else self.room)
+        room = 0 if self.encoder_decoder else self.room
+        free = context - around - room
         if free < 16:
             raise UserError(
-                f"prompt {self.prompt.name}: the rubric takes {around} tokens and the answer {self.room} of the"
-                f" model's {context}; shorten the rubric or lower --teacher.max-tokens"
+                f"prompt {self.prompt.name}: the rubric takes {around} tokens and the answer {room} of the model's"
+                f" {context}; shorten the rubric or lower --teacher.max-tokens"
             )
         if free < self.settings.document_tokens:
             log.info("documents are cut to %d tokens: the model's context holds no more", free)
@@ -97,18 +109,19 @@ class LocalTeacher:
     def row(self, question: Question) -> Row:
         """Token ids of one document; its control tokens are spelled out, so it cannot end its turn."""
         text = self.prompt.fence(question.text.encode("utf-8", "replace").decode())
-        ids, was_cut = first_tokens(text, self.document_tokens, self.tokenizer, split_special_tokens=True)
+        ids, was_cut = first_tokens(text, self.document_tokens, self.document_tokenizer, split_special_tokens=True)
         return Row(question.key, ids + (self.mark if was_cut else []) + self.pieces.tail, was_cut)
 
     def compute_prefix(self) -> Any:
-        """Keys and values of the head, computed once; None where the model's cache cannot be shared that way."""
-        if self.encoder_decoder or not self.pieces.head:
+        """Keys and values of the head, computed once; None where padding behind it would change an answer: sliding
+        windows, convolutions and recurrent states count columns, not positions."""
+        if self.encoder_decoder or not self.pieces.head or "position_ids" not in self.forward_takes:
             return None
         head = self.torch.tensor([self.pieces.head], device=self.device)
         with self.torch.inference_mode():
             cache = self.model(input_ids=head, use_cache=True).past_key_values
-        plain = type(cache).__name__ == "DynamicCache" and not any(cache.is_sliding)
-        return cache if plain and not any(getattr(cache, "is_linear", [])) else None
+        plain = all(type(layer).__name__ == "DynamicLayer" for layer in getattr(cache, "layers", [None]))
+        return cache if plain else None
 
     def answers(self, rows: list[Row]) -> list[tuple[str, Answer]]:
         """Ask one batch."""
@@ -116,31 +129,29 @@ class LocalTeacher:
         with self.torch.inference_mode():
             found = self.choose(rows) if self.prompt.read == "choices" else self.generate(rows)
         seconds = (time.perf_counter() - begin) / len(rows)
-        n_head = len(self.pieces.head)
         return [
-            (
-                row.key,
-                Answer(**answer, prompt_tokens=n_head + len(row.ids), seconds=seconds, was_cut=row.was_cut),
-            )
+            (row.key, Answer(**answer, prompt_tokens=self.prompt_tokens(row), seconds=seconds, was_cut=row.was_cut))
             for row, answer in zip(rows, found, strict=True)
         ]
 
+    def prompt_tokens(self, row: Row) -> int:
+        """Tokens the model reads for one document."""
+        return len(self.pieces.head) + len(row.ids) + len(self.pieces.decoder)
+
     def inputs(self, rows: list[Row]) -> dict[str, Any]:
-        """Padded ids and mask, (n_rows, longest). Causal models are padded between head and document, so that the
-        head's keys stay shared and the last token is the last column; encoders at the end."""
-        longest = max(len(row.ids) for row in rows)
+        """Padded ids and mask, (n_rows, longest). The last token is the last column of a causal model: padding comes
+        first, or between head and document where the head's keys are shared. Encoders are padded at the end."""
+        head, longest = self.pieces.head, max(len(row.ids) for row in rows)
         ids, mask = [], []
         for row in rows:
             fill = longest - len(row.ids)
-            head, pad = self.pieces.head, [self.pad] * fill
-            ones, zeros = [1] * len(row.ids), [0] * fill
-            ids.append(head + row.ids + pad if self.encoder_decoder else head + pad + row.ids)
-            mask.append([1] * len(head) + (ones + zeros if self.encoder_decoder else zeros + ones))
-        tensor = self.torch.tensor
-        return {
-            "input_ids": tensor(ids, device=self.device),
-            "attention_mask": tensor(mask, device=self.device),
-        }
+            before, own = (head, row.ids) if self.prefix is not None else ([], head + row.ids)
+            parts = [(before, 1), ([self.pad] * fill, 0), (own, 1)]
+            parts = parts[::-1] if self.encoder_decoder else parts
+            ids.append([token for part, _ in parts for token in part])
+            mask.append([seen for part, seen in parts for _ in part])
+        tensor = functools.partial(self.torch.tensor, device=self.device)
+        return {"input_ids": tensor(ids), "attention_mask": tensor(mask)}
 
     def prefix_for(self, n_rows: int) -> Any:
         """A copy of the head's keys and values for each row."""
@@ -154,129 +165,138 @@ class LocalTeacher:
 
     def choose(self, rows: list[Row]) -> list[dict[str, Any]]:
         """Log-probability of each candidate as the next tokens; nothing is generated."""
-        torch = self.torch
         first, after = self.decoder_step(rows) if self.encoder_decoder else self.causal_step(rows)
-        log_probs = {}
-        for name, ids in self.candidates.items():
-            total = torch.full((len(rows),), -math.inf) if ids is None else first[:, ids[0]].clone()
-            if ids is not None and len(ids) > 1:
-                following = after(ids[:-1])
-                total += sum(following[:, step, token] for step, token in enumerate(ids[1:]))
-            log_probs[name] = total.tolist()
+        after = functools.cache(after)
+        columns = {name: chain(ids, first, after) for name, ids in self.candidates.items() if ids}
         return [
-            {"finish": "stop", "log_probs": {name: column[i] for name, column in log_probs.items()}}
+            {
+                "finish": "stop",
+                "log_probs": {name: columns[name][i] if name in columns else -math.inf for name in self.candidates},
+            }
             for i in range(len(rows))
         ]
 
-    def causal_step(self, rows: list[Row]) -> tuple[Any, Any]:
+    def causal_step(self, rows: list[Row]) -> tuple[Any, After]:
         """Log-probabilities (n_rows, vocabulary) after the prompt, and a function that gives those after further
         tokens, (n_rows, n_tokens, vocabulary)."""
-        batch, cache = self.inputs(rows), self.prefix_for(len(rows))
-        mask = batch["attention_mask"]
-        seen = cache.get_seq_length() if cache is not None else 0
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        out = self.model(
-            input_ids=batch["input_ids"][:, seen:],
-            attention_mask=mask,
-            position_ids=positions[:, seen:],
-            past_key_values=cache,
-            use_cache=True,
-            **self.last_only(),
-        )
-        cache = out.past_key_values
+        ids, mask = self.inputs(rows).values()
+        cache = self.prefix_for(len(rows))
+        seen = len(self.pieces.head) if cache is not None else 0
+        out = self.forward(ids[:, seen:], mask, cache, last_only=True)
 
-        def after(ids: list[int]) -> Any:
-            n = len(ids)
-            before = cache.get_seq_length()
-            ones = self.torch.ones((len(rows), n), dtype=mask.dtype, device=self.device)
-            further = self.model(
-                input_ids=self.torch.tensor([ids] * len(rows), device=self.device),
-                attention_mask=self.torch.cat([mask, ones], 1),
-                position_ids=positions[:, -1:] + self.torch.arange(1, n + 1, device=self.device),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache.crop(before)
-            return self.log_softmax(further.logits)
+        def after(further: tuple[int, ...]) -> Any:
+            more = self.torch.tensor([further] * len(rows), device=self.device)
+            longer = self.torch.cat([mask, self.torch.ones_like(more)], 1)
+            return self.log_softmax(self.forward(more, longer, copy.deepcopy(out.past_key_values)).logits)
 
         return self.log_softmax(out.logits[:, -1]), after
 
-    def decoder_step(self, rows: list[Row]) -> tuple[Any, Any]:
+    def forward(self, ids: Any, mask: Any, cache: Any, last_only: bool = False) -> Any:
+        """The causal model on the last columns of the mask; positions don't count padding."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        wanted = {"position_ids": positions, **({"logits_to_keep": 1} if last_only else {})}
+        taken = {name: value for name, value in wanted.items() if name in self.forward_takes}
+        return self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **taken)
+
+    def decoder_step(self, rows: list[Row]) -> tuple[Any, After]:
         """The same for an encoder-decoder: the document is encoded once, candidates are tried on the decoder."""
         batch = self.inputs(rows)
         encoded = self.model.get_encoder()(**batch)
 
-        def log_probs(ids: list[int]) -> Any:
-            decoder = self.torch.tensor([self.pieces.decoder + ids] * len(rows), device=self.device)
+        def log_probs(ids: tuple[int, ...]) -> Any:
+            decoder = self.torch.tensor([[*self.pieces.decoder, *ids]] * len(rows), device=self.device)
             out = self.model(
                 encoder_outputs=encoded, attention_mask=batch["attention_mask"], decoder_input_ids=decoder
             )
             return self.log_softmax(out.logits)
 
-        return log_probs([])[:, -1], lambda ids: log_probs(ids)[:, -len(ids) :]
+        return log_probs(())[:, -1], lambda ids: log_probs(ids)[:, -len(ids) :]
 
     def log_softmax(self, logits: Any) -> Any:
         """Natural log-probabilities in float32 on the CPU."""
         return self.torch.log_softmax(logits.float(), dim=-1).cpu()
 
-    def last_only(self) -> dict[str, int]:
-        """Spares the vocabulary projection of every token but the last, where the model knows how."""
-        known = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        return {"logits_to_keep": 1} if known else {}
-
     # -- generate
 
     def generate(self, rows: list[Row]) -> list[dict[str, Any]]:
         """Written answers."""
-        batch, settings = self.inputs(rows), self.settings
+        batch = self.inputs(rows)
         if self.encoder_decoder:
             batch["decoder_input_ids"] = self.torch.tensor([self.pieces.decoder] * len(rows), device=self.device)
-        elif (cache := self.prefix_for(len(rows))) is not None:
-            batch["past_key_values"] = cache
-        self.torch.manual_seed(settings.seed + int(rows[0].key[-8:], 16))
-        sampled = settings.temperature > 0
-        options = {
-            "max_new_tokens": settings.max_tokens,
-            "pad_token_id": self.pad,
-            "do_sample": sampled,
-            "temperature": settings.temperature if sampled else None,
-            "top_p": (settings.top_p or 1.0) if sampled else None,
-            "top_k": None,
-            **settings.args,
-        }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            out = self.model.generate(**batch, **options)
-        begin = len(self.pieces.decoder) if self.encoder_decoder else batch["input_ids"].shape[1]
+        else:
+            batch["past_key_values"] = self.prefix_for(len(rows))
+        self.torch.manual_seed(self.settings.seed + int(rows[0].key[-8:], 16))
+        out = self.model.generate(**batch, tokenizer=self.tokenizer, **self.options())
+        begin = len(self.pieces.decoder) or batch["input_ids"].shape[1]
         return [self.written(ids) for ids in out[:, begin:].tolist()]
 
+    def options(self) -> dict[str, Any]:
+        """How answers are written; teacher.args has the last word."""
+        settings = self.settings
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p or 1.0, "top_k": 0}
+        sampled = settings.temperature > 0
+        length = {"max_new_tokens": settings.max_tokens, "pad_token_id": self.pad}
+        return {**length, "do_sample": sampled, **(sampling if sampled else {}), **settings.args}
+
     def written(self, ids: list[int]) -> dict[str, Any]:
-        """One answer, up to its end token."""
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        n = next((position + 1 for position, token in enumerate(ids) if token in ends), None)
+        """One answer, up to its end token; a batch that ends early was ended by a stop string."""
+        n = next((position + 1 for position, token in enumerate(ids) if token in self.ends), len(ids))
+        stopped = n < self.options()["max_new_tokens"] or ids[n - 1] in self.ends
         text = self.tokenizer.decode(ids[:n], skip_special_tokens=True)
-        return {"finish": "stop" if n else "length", "text": text, "answer_tokens": n or len(ids)}
+        return {"finish": "stop" if stopped else "length", "text": text, "answer_tokens": n}
+
+
+def chain(ids: list[int], first: Any, after: After) -> list[float]:
+    """log P of several tokens: the first, then each further one given those before it; a value per row."""
+    total = first[:, ids[0]]
+    if len(ids) > 1:
+        following = after(tuple(ids[:-1]))
+        total = total + sum(following[:, step, token] for step, token in enumerate(ids[1:]))
+    return list(total.tolist())
+
+
+def pad_and_ends(tokenizer: Any, model: Any) -> tuple[int, set[int]]:
+    """A token to pad with, and the tokens that end an answer."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    known = [token for token in [tokenizer.pad_token_id, *ends] if token is not None]
+    return (known[0] if known else 0), set(known)
+
+
+def document_tokenizer(tokenizer: Any) -> Any:
+    """A copy that can spell out every control token: also those of the chat template that aren't called special."""
+    plain, template = copy.deepcopy(tokenizer), str(tokenizer.chat_template)
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    plain.add_tokens([token for token in added if token.strip() and token in template], special_tokens=True)
+    return plain
 
 
 def load(teacher: Teacher, device: str) -> tuple[Any, Any]:
     """Tokenizer and model of a Hub name, folder or .gguf file."""
-    transformers = needs("transformers", "torch")
+    transformers, safetensors = needs("transformers", "torch"), needs("safetensors", "torch")
     name = locate(required(teacher.model, "teacher.model", "Qwen/Qwen3-8B"), "teacher.model")
     where: dict[str, Any] = {"revision": teacher.revision} if teacher.revision else {}
     if name.endswith(".gguf"):
         needs("gguf", "demo")
         name, where = str(Path(name).parent), {"gguf_file": Path(name).name}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
         config = transformers.AutoConfig.from_pretrained(name, **where)
         kinds = {False: transformers.AutoModelForCausalLM, True: transformers.AutoModelForSeq2SeqLM}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
         kind = kinds[bool(config.is_encoder_decoder)]
-        model = kind.from_pretrained(name, dtype=pick_dtype(teacher.dtype, device), **where)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        model = kind.from_pretrained(name, config=config, dtype=pick_dtype(teacher.dtype, device), **where)
+    except (OSError, ValueError, KeyError, ImportError, struct.error, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"teacher.model: {teacher.model} cannot be loaded ({reason})") from None
+    model.generation_config = token_ids_only(model.generation_config)
     return tokenizer, model.to(device).eval()
+
+
+def token_ids_only(generation: Any) -> Any:
+    """A model's generation settings without its sampling habits (a repetition penalty, a temperature), which would
+    work unseen beside ours."""
+    kept = {name: value for name, value in generation.to_dict().items() if name.endswith("_token_id")}
+    return type(generation)(**kept)
 
 
 def pieces(tokenizer: Any, prompt: Prompt, teacher: Teacher, decoder_start: list[int]) -> Pieces:
@@ -286,11 +306,11 @@ def pieces(tokenizer: Any, prompt: Prompt, teacher: Teacher, decoder_start: list
     if not found or SENTINEL in tail:
         raise UserError(f"prompt {prompt.name}: the chat template of {teacher.model} does not show the document once")
     begin, end = ([], []) if prompt.chat else special_tokens_around(tokenizer)
-    head_ids = begin + token_ids(tokenizer, head)
+    head_ids, start = begin + token_ids(tokenizer, head), prompt.answer_start
     if decoder_start:
-        decoder = decoder_start + token_ids(tokenizer, prompt.answer_start)
-        return Pieces(head_ids, token_ids(tokenizer, tail) + end, decoder)
-    return Pieces(head_ids, token_ids(tokenizer, tail + prompt.answer_start), [])
+        decoder = decoder_start + token_ids(tokenizer, start)
+        return Pieces(head_ids, token_ids(tokenizer, tail) + end, decoder, start)
+    return Pieces(head_ids, token_ids(tokenizer, tail + start), [], tail + start)
 
 
 def render(tokenizer: Any, prompt: Prompt, teacher: Teacher) -> str:
@@ -321,39 +341,31 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def candidate_ids(tokenizer: Any, prompt: Prompt, around: Pieces) -> dict[str, list[int] | None]:
-    """Token ids of each candidate in its place, after the forced beginning; None for one that another includes.
+def candidate_ids(tokenizer: Any, prompt: Prompt, before: str) -> dict[str, list[int] | None]:
+    """Token ids of each candidate in its place, after the text before it; None for one that another includes.
 
     P(candidate) is the product over its tokens. Candidates with the same tokens, or one of which begins with the
     other, are one event: within a group it is counted once, across groups it is refused.
     """
-    start = answer_context(tokenizer, prompt, around)
-    groups = {answer: choice.value for choice in prompt.choices for answer in choice.answers}
+    values = {answer: choice.value for choice in prompt.choices for answer in choice.answers}
+    ids = {name: ids_after(tokenizer, before, name, prompt) for name in values}
     resolved: dict[str, list[int] | None] = {}
-    for name in sorted(groups, key=lambda name: len(ids_after(tokenizer, start, name, prompt))):
-        ids = ids_after(tokenizer, start, name, prompt)
-        includes = [other for other, prefix in resolved.items() if prefix and ids[: len(prefix)] == prefix]
-        if includes and groups[includes[0]] != groups[name]:
+    for name in sorted(values, key=lambda name: len(ids[name])):
+        includes = [other for other, prefix in resolved.items() if prefix and ids[name][: len(prefix)] == prefix]
+        if includes and values[includes[0]] != values[name]:
             raise UserError(f"prompt {prompt.name}: to this teacher, candidate {name!r} begins with {includes[0]!r}")
-        resolved[name] = None if includes else ids
+        resolved[name] = None if includes else ids[name]
     return resolved
 
 
-def answer_context(tokenizer: Any, prompt: Prompt, around: Pieces) -> str:
-    """The text right before the answer: enough of it to tokenise candidates in context."""
-    if prompt.answer_start or around.decoder or not around.tail:
-        return prompt.answer_start
-    return str(tokenizer.decode(around.tail[-1:]))
-
-
-def ids_after(tokenizer: Any, start: str, candidate: str, prompt: Prompt) -> list[int]:
-    """Token ids that follow `start` when the candidate is written there."""
-    before, both = token_ids(tokenizer, start), token_ids(tokenizer, start + candidate)
-    ids = both[len(before) :]
-    if both[: len(before)] != before or not ids:
+def ids_after(tokenizer: Any, before: str, candidate: str, prompt: Prompt) -> list[int]:
+    """Token ids that follow `before` when the candidate is written there."""
+    start, both = token_ids(tokenizer, before), token_ids(tokenizer, before + candidate)
+    ids = both[len(start) :]
+    if both[: len(start)] != start or not ids:
         raise UserError(
-            f"prompt {prompt.name}: candidate {candidate!r} merges with the answer's beginning {start!r}; move the"
-            " space between them from the beginning to the candidate"
+            f"prompt {prompt.name}: candidate {candidate!r} merges with the text before it, {before[-20:]!r}; move the"
+            " space between them from there to the candidate"
         )
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         raise UserError(f"prompt {prompt.name}: this teacher's vocabulary cannot spell candidate {candidate!r}")
