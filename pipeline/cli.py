@@ -45,6 +45,7 @@ app = App(
     version=__version__,
     help="Grade a sample with an LLM, teach a small encoder to grade like it, grade everything, keep the best.",
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,
     default_parameter=Parameter(negative=()),
 )
 
@@ -156,11 +157,12 @@ def execute(stages: Sequence[str], path: Path | None, given: dict[str, Any], how
 
 def check_ahead(recipe: Recipe) -> None:
     """Find what would stop a later stage before the first token is paid for."""
-    from pipeline import corpus, filter, models, score
+    from pipeline import filter, models, score
+    from pipeline.shards import find_shards
 
     filter.check_one_cut(recipe.filter)
     models.locate(recipe.encoder.model, "encoder.model")
-    for shard in corpus.shards(recipe.corpus):
+    for shard in find_shards(recipe.corpus):
         score.check_columns(shard, recipe)
 
 

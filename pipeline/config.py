@@ -39,7 +39,7 @@ class Corpus(Settings):
     subset: str | None = None
     """Configuration of a Hub dataset."""
     split: str = "train"
-    """Split of a Hub dataset."""
+    """Split of a Hub dataset or of a saved DatasetDict."""
     text_column: str = "text"
     """Column with the document; a dot reaches into a struct (content.text)."""
     id_column: str | None = None

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import config, corpus, metrics
+from pipeline import config, corpus, metrics, storage
 from pipeline.config import Recipe
-from pipeline.corpus import Counts, Shard
 from pipeline.errors import UserError
+from pipeline.formats import check_column
+from pipeline.shards import Counts, Shard, find_shards, fingerprint
 from pipeline.tracking import Result, progress, stage, upstream
 
 log = logging.getLogger("gristmill")
@@ -59,13 +60,13 @@ def run(recipe: Recipe, redo: bool = False) -> FilterResult:
     check_one_cut(recipe.filter)
     folder = upstream(recipe.filter.scored, recipe, "score/scored", "filter")
     scored = config.Corpus(path=str(folder), text_column=recipe.corpus.text_column)
-    found = corpus.shards(scored)
+    found = find_shards(scored)
     with stage("filter", recipe, inputs(recipe, found)) as work:
         done = work.finished(FilterResult, redo)
         if done:
             return done
         for side in ("kept", "dropped"):
-            corpus.sweep(work.folder / side, keep=set())
+            storage.sweep(work.folder / side, keep=set())
         rule = choose_rule(recipe.filter, scored, found)
         tally: Counter[str] = Counter()
         examples: Examples = {"kept": [], "dropped": []}
@@ -90,7 +91,7 @@ def inputs(recipe: Recipe, found: list[Shard]) -> dict[str, Any]:
     return {
         "filter": recipe.filter.identity(),
         "seed": recipe.seed,
-        "shards": {shard.name: corpus.fingerprint(shard) for shard in found},
+        "shards": {shard.name: fingerprint(shard) for shard in found},
     }
 
 
@@ -101,7 +102,7 @@ def choose_rule(settings: config.Filter, scored: config.Corpus, found: list[Shar
     """The column that decides, and the lowest value that is kept."""
     for shard in found:
         for name in ("score", "int_score"):
-            corpus.check_column(corpus.read_schema(shard, scored), name, shard)
+            check_column(corpus.read_schema(shard, scored), name, shard)
     if settings.min_int_score is not None:
         return Rule("int_score", settings.min_int_score)
     if settings.min_score is not None:
@@ -230,14 +231,14 @@ Sink = Callable[[pa.RecordBatch], None]
 @contextmanager
 def parquet_sink(path: Path, schema: pa.Schema) -> Iterator[Sink]:
     """Writes record batches to a parquet shard."""
-    with corpus.shard_writer(path, schema) as writer:
+    with storage.shard_writer(path, schema) as writer:
         yield writer.write_batch
 
 
 @contextmanager
 def jsonl_sink(path: Path, _: pa.Schema) -> Iterator[Sink]:
     """Writes record batches as JSON lines, under the shard's name with .jsonl at its end."""
-    with corpus.atomic(path.with_suffix(".jsonl")) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with storage.atomic(path.with_suffix(".jsonl")) as temporary, temporary.open("w", encoding="utf-8") as file:
         yield lambda batch: write_lines(file, batch)
 
 

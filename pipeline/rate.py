@@ -2,43 +2,20 @@
 
 import logging
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline import corpus, metrics, prompts, teacher
+from pipeline import metrics, prompts, ratings, teacher
 from pipeline.config import Recipe
-from pipeline.corpus import Counts, Document
+from pipeline.engines import engine
 from pipeline.errors import UserError, required
 from pipeline.prompts import Prompt, Reading
+from pipeline.sample import Document, sample
+from pipeline.shards import Counts, find_shards, fingerprint
 from pipeline.teacher import Answer, AnswerStore, Question
 from pipeline.tracking import Result, Stage, progress, stage
 
 log = logging.getLogger("gristmill")
-
-SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "text": pa.string(),
-        "score": pa.float64(),
-        "reason": pa.string(),
-        "answer": pa.string(),
-        "log_probs": pa.map_(pa.string(), pa.float64()),
-        "mass": pa.float64(),
-        "entropy": pa.float64(),
-        "was_cut": pa.bool_(),
-        "prompt_tokens": pa.int64(),
-        "answer_tokens": pa.int64(),
-        "stratum": pa.string(),
-        "gold": pa.float64(),
-        "prompt": pa.string(),
-        "teacher": pa.string(),
-    }
-)
-"""A rating. It holds no clock time, so that an interrupted run ends with the same bytes; seconds are in the answer
-store."""
 
 
 class RateResult(Result):
@@ -48,6 +25,8 @@ class RateResult(Result):
     n_empty: int
     n_bad_rows: int
     n_repaired_texts: int
+    n_not_drawn: int
+    """Rows with text that the sample left out, copies of a drawn text among them."""
     n_sampled: int
     n_scored: int
     n_asked: int
@@ -67,7 +46,7 @@ class RateResult(Result):
 def run(recipe: Recipe, redo: bool = False) -> RateResult:
     """Rate a sample; answers already recorded are not asked for again."""
     prompt = load_prompt(recipe)
-    ask = teacher.engine(recipe.teacher)
+    ask = engine(recipe.teacher)
     with stage("rate", recipe, inputs(recipe, prompt)) as work:
         done = work.finished(RateResult, redo)
         if done:
@@ -79,8 +58,9 @@ def run(recipe: Recipe, redo: bool = False) -> RateResult:
             answers = dict(store.find(question.key for question in asked))
         rated = [answers.get(question.key, Answer("failed")) for question in asked]
         readings = [teacher.read(prompt, answer) for answer in rated]
-        write(work, prompt, documents, rated, readings)
+        ratings.write(work.folder / "ratings.parquet", prompt, recipe.teacher.model, documents, rated, readings)
         result = summarise(work, prompt, documents, counts, rated, readings, n_asked)
+        teacher.check_candidates_seen(prompt, recipe.teacher, rated)
         check_enough_scored(result, recipe, work)
         return work.finish(result)
 
@@ -97,7 +77,7 @@ def inputs(recipe: Recipe, prompt: Prompt) -> dict[str, object]:
     """Everything that decides the ratings."""
     return {
         "corpus": recipe.corpus.identity(),
-        "shards": {shard.name: corpus.fingerprint(shard) for shard in corpus.shards(recipe.corpus)},
+        "shards": {shard.name: fingerprint(shard) for shard in find_shards(recipe.corpus)},
         "teacher": teacher.identity(prompt, recipe.teacher),
         "rate": {**recipe.rate.identity(), "prompt": prompt.digest},
         "seed": recipe.seed,
@@ -107,7 +87,7 @@ def inputs(recipe: Recipe, prompt: Prompt) -> dict[str, object]:
 def draw(recipe: Recipe) -> tuple[list[Document], Counts]:
     """The sample, if the corpus has anything to rate."""
     rate = recipe.rate
-    documents, counts = corpus.sample(recipe.corpus, rate.sample, recipe.seed, rate.stratify_by, rate.gold_column)
+    documents, counts = sample(recipe.corpus, rate.sample, recipe.seed, rate.stratify_by, rate.gold_column)
     if not documents:
         raise UserError(f"corpus.path: {recipe.corpus.path} has no document with text in {counts.n_rows} rows")
     if len(documents) < rate.sample:
@@ -116,7 +96,7 @@ def draw(recipe: Recipe) -> tuple[list[Document], Counts]:
 
 
 def collect(ask: teacher.Ask, prompt: Prompt, recipe: Recipe, asked: list[Question], store: AnswerStore) -> int:
-    """Ask what is not in the store; returns how many answers came."""
+    """Ask what is not in the store; returns how many documents were asked about."""
     answered = {key for key, _ in store.find(question.key for question in asked)}
     log.info("rate: %d documents, %d already answered", len(asked), len(answered))
     n_asked = 0
@@ -131,32 +111,6 @@ def collect(ask: teacher.Ask, prompt: Prompt, recipe: Recipe, asked: list[Questi
         if len(answered) < len(asked):
             ask(prompt, recipe.teacher, asked, answered, record)
     return n_asked
-
-
-def write(
-    work: Stage, prompt: Prompt, documents: list[Document], answers: list[Answer], readings: list[Reading]
-) -> None:
-    """Ratings, one row a document, in the order of the sample."""
-    rows = [
-        {
-            **document._asdict(),
-            "score": reading.score,
-            "reason": reading.reason,
-            "answer": answer.text,
-            "log_probs": list(answer.log_probs.items()) if answer.log_probs is not None else None,
-            "mass": reading.mass,
-            "entropy": reading.entropy,
-            "was_cut": answer.was_cut,
-            "prompt_tokens": answer.prompt_tokens,
-            "answer_tokens": answer.answer_tokens,
-            "prompt": prompt.digest,
-            "teacher": work.recipe.teacher.model,
-        }
-        for document, answer, reading in zip(documents, answers, readings, strict=True)
-    ]
-    metadata = {"scale": f"{prompt.scale[0]:g} {prompt.scale[1]:g}"}
-    table = pa.Table.from_pylist(rows, SCHEMA.with_metadata(metadata))
-    corpus.write_table(work.folder / "ratings.parquet", table)
 
 
 def summarise(
@@ -175,6 +129,9 @@ def summarise(
     masses = [reading.mass for reading in readings if reading.mass is not None]
     ints = Counter(metrics.int_scores(scores, prompt.scale).tolist())
     has_gold = work.recipe.rate.gold_column is not None
+    n_not_drawn = counts.n_rows - counts.n_empty - counts.n_bad_rows - len(documents)
+    assert len(documents) == len(scored) + unscored.total(), "every sampled document has a score or a reason"
+    assert n_not_drawn >= 0, f"{counts.n_rows} rows in, {-n_not_drawn} too many accounted for"
     return RateResult(
         seconds=work.seconds,
         n_failed=unscored["request_failed"],
@@ -182,6 +139,7 @@ def summarise(
         n_empty=counts.n_empty,
         n_bad_rows=counts.n_bad_rows,
         n_repaired_texts=counts.n_repaired_texts,
+        n_not_drawn=n_not_drawn,
         n_sampled=len(documents),
         n_scored=len(scored),
         n_asked=n_asked,
@@ -201,15 +159,13 @@ def summarise(
 
 def check_enough_scored(result: RateResult, recipe: Recipe, work: Stage) -> None:
     """Stop when too much of the sample has no score; ratings and answers stay to be looked at."""
+    n_unscored = result.n_sampled - result.n_scored
     if result.unscored_rate > recipe.rate.max_unscored_rate or result.n_scored == 0:
         reasons = ", ".join(f"{reason} {count}" for reason, count in result.unscored.items())
         raise UserError(
-            f"rate: {result.n_sampled - result.n_scored} of {result.n_sampled} documents have no score ({reasons});"
-            f" read the answers in {work.folder / 'ratings.parquet'}, then mend the prompt or choose another teacher"
+            f"rate: {n_unscored} of {result.n_sampled} documents have no score ({reasons}); read the answers in"
+            f" {work.folder / 'ratings.parquet'}, then mend the prompt or choose another teacher; where the request"
+            " failed, the same command asks again"
         )
-
-
-def read_scale(path: Path) -> tuple[float, float]:
-    """The scale of a ratings file."""
-    low, high = (pq.read_schema(path).metadata or {})[b"scale"].split()
-    return float(low), float(high)
+    if result.n_failed:
+        log.info("rate: %d requests failed; run again with --redo to ask only them again", result.n_failed)

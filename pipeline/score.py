@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import corpus
+from pipeline import corpus, storage
 from pipeline import student as students
 from pipeline.config import Recipe, digest
-from pipeline.corpus import Counts, Shard
 from pipeline.errors import UserError
+from pipeline.formats import check_column
+from pipeline.shards import Counts, Shard, find_shards, fingerprint
 from pipeline.student import Student
 from pipeline.tracking import Result, Step, progress, stage, upstream
 
@@ -49,7 +50,7 @@ class ScoreResult(Result):
 def run(recipe: Recipe, redo: bool = False) -> ScoreResult:
     """Score shard by shard; a shard that is there with the right fingerprint is not done again."""
     student = students.load(upstream(recipe.score.student, recipe, "train/student", "score"), recipe.encoder)
-    found = corpus.shards(recipe.corpus)
+    found = find_shards(recipe.corpus)
     made_from = inputs(recipe, student, found)
     with stage("score", recipe, made_from) as work:
         done = work.finished(ScoreResult, redo)
@@ -58,7 +59,7 @@ def run(recipe: Recipe, redo: bool = False) -> ScoreResult:
         for shard in found:
             check_columns(shard, recipe)
         out = work.folder / "scored"
-        corpus.sweep(out, keep={shard.name for shard in found})
+        storage.sweep(out, keep={shard.name for shard in found})
         prints = {shard: digest([made_from["settings"], made_from["shards"][shard.name]]) for shard in found}
         tallies = {shard: tally_of(out / shard.name, prints[shard]) for shard in found}
         n_reused = sum(tally is not None for tally in tallies.values())
@@ -79,7 +80,7 @@ def inputs(recipe: Recipe, student: Student, found: list[Shard]) -> dict[str, An
             "corpus": recipe.corpus.identity(),
             "score": recipe.score.identity(),
         },
-        "shards": {shard.name: corpus.fingerprint(shard) for shard in found},
+        "shards": {shard.name: fingerprint(shard) for shard in found},
     }
 
 
@@ -99,7 +100,7 @@ def score_shard(
             yield score_batch(batch, texts, student, schema, tally, step)
         tally.update(n_rows=counts.n_rows, n_bad_rows=counts.n_bad_rows, n_repaired_texts=counts.n_repaired_texts)
 
-    with corpus.shard_writer(path, schema) as writer:
+    with storage.shard_writer(path, schema) as writer:
         for batch in scored():
             writer.write_batch(batch)
         writer.add_key_value_metadata({FINGERPRINT: fingerprint.encode(), TALLY: json.dumps(tally).encode()})
@@ -155,7 +156,7 @@ def tally_of(path: Path, fingerprint: str) -> Counter[str] | None:
         return None
     try:
         metadata = pq.read_metadata(path).metadata or {}
-    except (pa.ArrowInvalid, OSError):
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError):
         return None
     if metadata.get(FINGERPRINT) != fingerprint.encode():
         return None
@@ -166,11 +167,11 @@ def tally_of(path: Path, fingerprint: str) -> Counter[str] | None:
 
 
 def check_columns(shard: Shard, recipe: Recipe) -> None:
-    """Refuse, before anything is scored, a parquet shard without text or with columns of our names."""
-    if shard.format != "parquet":
+    """Refuse, before anything is scored, a shard whose head shows no text column or with columns of our names."""
+    if shard.format not in ("parquet", "arrow"):
         return
     schema = corpus.read_schema(shard, recipe.corpus)
-    corpus.check_column(schema, recipe.corpus.text_column, shard)
+    check_column(schema, recipe.corpus.text_column, shard)
     refuse_existing(schema, shard, recipe)
 
 

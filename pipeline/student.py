@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import config, metrics
-from pipeline.corpus import atomic, write_text
 from pipeline.encoder import Embeddings, Encoder
 from pipeline.errors import UserError, needs
+from pipeline.storage import atomic, write_text
 
 FORMAT = 1
 """Version of the folder's layout."""

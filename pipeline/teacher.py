@@ -4,6 +4,7 @@ import json
 import math
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -11,7 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 from pipeline import prompts
 from pipeline.config import Teacher, digest
 from pipeline.corpus import text_id
-from pipeline.errors import UserError, required
+from pipeline.errors import UserError
 from pipeline.prompts import Prompt, Reading
 
 
@@ -33,6 +34,7 @@ class Answer:
     prompt_tokens: int = 0
     answer_tokens: int = 0
     seconds: float = 0.0
+    """From the first sending to the answer, retries included; a local model's share of its batch."""
     was_cut: bool = False
     """The document was longer than teacher.document_tokens."""
 
@@ -48,18 +50,6 @@ class Ask(Protocol):
     ) -> None:
         """Ask every question that is still open."""
         ...
-
-
-def engine(teacher: Teacher) -> Ask:
-    """The engine by its name; its libraries are imported only now."""
-    required(teacher.model, "teacher.model", "Qwen/Qwen3-8B")
-    if teacher.engine == "openai":
-        from pipeline.engines import openai
-
-        return openai.ask
-    from pipeline.engines import transformers
-
-    return transformers.ask
 
 
 def questions(prompt: Prompt, teacher: Teacher, texts: Iterable[str]) -> list[Question]:
@@ -85,6 +75,19 @@ def read(prompt: Prompt, answer: Answer) -> Reading:
     return prompts.read_text(prompt, prompt.answer_start + answer.text, answer.finish == "stop")
 
 
+def check_candidates_seen(prompt: Prompt, teacher: Teacher, answers: Iterable[Answer]) -> None:
+    """Refuse a group of candidates that came up in no answer: an endpoint lists only the likeliest single tokens."""
+    given = [answer.log_probs for answer in answers if answer.log_probs is not None]
+    seen = {name for log_probs in given for name, log_p in log_probs.items() if log_p > -math.inf}
+    for choice in prompt.choices if given else ():
+        if not seen & set(choice.answers):
+            raise UserError(
+                f"prompt {prompt.name}: none of {', '.join(map(repr, choice.answers))} was ever among the"
+                f" {teacher.top_logprobs} likeliest tokens of {teacher.model}; spell each as one of its tokens, or"
+                " lead to them with answer_start"
+            )
+
+
 class AnswerStore:
     """Answers on disk, by key: an SQLite journal where a recorded answer survives kill -9 and power loss.
 
@@ -94,15 +97,11 @@ class AnswerStore:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        try:
+        with self.explained("make room, or move the file away, and run again"):
             self.db = sqlite3.connect(path)
             self.db.execute("PRAGMA journal_mode=WAL")
             self.db.execute("PRAGMA synchronous=FULL")
             self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
-        except sqlite3.DatabaseError as error:
-            raise UserError(
-                f"answer store {path}: {error}; free the disk or move the file away and run again"
-            ) from None
 
     def __enter__(self) -> "AnswerStore":
         return self
@@ -113,23 +112,27 @@ class AnswerStore:
     def add(self, answers: list[tuple[str, Answer]]) -> None:
         """Record answers; on return they are on the disk."""
         rows = [(key, encode(answer)) for key, answer in answers if answer.finish != "failed"]
-        try:
-            with self.db:
-                self.db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
-        except sqlite3.OperationalError as error:
-            raise UserError(
-                f"answer store {self.path}: {error}; everything recorded so far is kept, make room and run again"
-            ) from None
+        with self.explained("everything recorded so far is kept, make room and run again"), self.db:
+            self.db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
 
     def find(self, keys: Iterable[str]) -> Iterator[tuple[str, Answer]]:
         """The recorded answers among these keys."""
-        for key in keys:
-            row = self.db.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-            if row is not None:
-                yield key, decode(row[0])
+        with self.explained("the file is damaged; move it away and run again"):
+            for key in keys:
+                row = self.db.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+                if row is not None:
+                    yield key, decode(row[0])
 
     def __len__(self) -> int:
         return int(self.db.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
+
+    @contextmanager
+    def explained(self, remedy: str) -> Iterator[None]:
+        """What the database complains about, as one line."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"answer store {self.path}: {error}; {remedy}") from None
 
 
 def encode(answer: Answer) -> str:

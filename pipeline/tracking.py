@@ -13,8 +13,8 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.config import Recipe, to_yaml
-from pipeline.corpus import write_text
 from pipeline.errors import UserError, needs
+from pipeline.storage import write_text
 
 log = logging.getLogger("gristmill")
 

@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline import corpus, metrics
+from pipeline import metrics
 from pipeline.config import Recipe
+from pipeline.corpus import text_id
 from pipeline.encoder import Embeddings, Encoder
 from pipeline.errors import UserError
 from pipeline.metrics import Floats
-from pipeline.rate import read_scale
+from pipeline.ratings import Ratings, read
+from pipeline.storage import write_table
 from pipeline.student import Student
 from pipeline.tracking import Result, Stage, progress, stage, upstream
 
@@ -32,19 +32,6 @@ ENOUGH = 200
 """Ratings below which the figures say little, and the log says so."""
 
 Split = NDArray[np.str_]
-
-
-class Ratings(NamedTuple):
-    """Scored documents, aligned: ids, texts, scores (n,), gold or None, and where they come from."""
-
-    ids: list[str]
-    texts: list[str]
-    scores: Floats
-    gold: list[float | None]
-    scale: tuple[float, float]
-    prompt: str
-    teacher: str
-    n_unscored: int
 
 
 class Fit(NamedTuple):
@@ -91,7 +78,7 @@ def run(recipe: Recipe, redo: bool = False) -> TrainResult:
         done = work.finished(TrainResult, redo)
         if done:
             return done
-        ratings = read_ratings(path)
+        ratings = read(path)
         good_from = recipe.train.good_from if recipe.train.good_from is not None else sum(ratings.scale) / 2
         check(ratings, good_from)
         encoder = Encoder(recipe.encoder)
@@ -121,24 +108,6 @@ def inputs(recipe: Recipe, path: Path) -> dict[str, object]:
     }
 
 
-def read_ratings(path: Path) -> Ratings:
-    """Ratings that have a score; the others are counted."""
-    try:
-        scale = read_scale(path)
-        table = pq.read_table(path, columns=["id", "text", "score", "gold", "prompt", "teacher"])
-        scored = table.filter(pc.is_valid(table["score"]))
-    except (pa.ArrowInvalid, OSError, KeyError) as error:
-        raise UserError(
-            f"train.ratings: {path} is no ratings file ({error}); give one that gristmill rate made"
-        ) from None
-    rows = scored.to_pydict()
-    if len(set(rows["prompt"])) > 1:
-        raise UserError(f"train.ratings: {path} mixes ratings of {len(set(rows['prompt']))} prompts; rate with one")
-    prompt, teacher = (rows[name][0] if rows[name] else "" for name in ("prompt", "teacher"))
-    scores = np.array(rows["score"], dtype=np.float64)
-    return Ratings(rows["id"], rows["text"], scores, rows["gold"], scale, prompt, teacher, len(table) - len(scored))
-
-
 def check(ratings: Ratings, good_from: float) -> None:
     """Refuse ratings nothing can be learned from."""
     n = len(ratings.scores)
@@ -157,7 +126,7 @@ def check(ratings: Ratings, good_from: float) -> None:
 
 def split(texts: list[str], recipe: Recipe) -> Split:
     """train, validation or test for each text: a seeded permutation of the distinct texts, so copies never cross."""
-    ids = np.array([corpus.text_id(text) for text in texts])
+    ids = np.array([text_id(text) for text in texts])
     distinct = np.unique(ids)
     order = np.random.default_rng(recipe.seed).permutation(len(distinct))
     n_test = max(2, round(recipe.train.test_share * len(distinct)))
@@ -217,7 +186,7 @@ def report(
 def write_predictions(work: Stage, ratings: Ratings, parts: Split, predicted: Floats) -> None:
     """What the student says of each rated document, beside the teacher."""
     table = pa.table({"id": ratings.ids, "split": parts.tolist(), "score": ratings.scores, "predicted": predicted})
-    corpus.write_table(work.folder / "predictions.parquet", table)
+    write_table(work.folder / "predictions.parquet", table)
 
 
 def student(recipe: Recipe, encoder: Encoder, ratings: Ratings, fit: Fit, result: TrainResult) -> Student:

@@ -23,9 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import corpus as corpora
+from pipeline import formats, storage
+from pipeline import sample as sampling
+from pipeline import shards as shards_
 from pipeline.config import Corpus
-from pipeline.corpus import Counts, Shard
 from pipeline.errors import UserError
+from pipeline.shards import Counts, Shard
 
 ROWS = [{"id": f"d{i}", "text": f"document number {i}", "n": i} for i in range(10)]
 
@@ -37,7 +40,7 @@ def at(path: Any, **fields: Any) -> Corpus:
 def read_all(corpus: Corpus, counts: Counts | None = None) -> list[dict[str, Any]]:
     """Every row, each shard under its own schema, as score reads them."""
     rows = []
-    for shard in corpora.shards(corpus):
+    for shard in shards_.find_shards(corpus):
         schema = corpora.read_schema(shard, corpus)
         for batch in corpora.read(shard, corpus, counts or Counts(), schema=schema):
             assert batch.schema.equals(schema)
@@ -46,7 +49,7 @@ def read_all(corpus: Corpus, counts: Counts | None = None) -> list[dict[str, Any
 
 
 def draw(corpus: Corpus, size: int, seed: int = 0, **more: Any) -> list[str]:
-    return [document.text for document in corpora.sample(corpus, size, seed, **more)[0]]
+    return [document.text for document in sampling.sample(corpus, size, seed, **more)[0]]
 
 
 def lines(rows: list[dict[str, Any]]) -> bytes:
@@ -82,7 +85,7 @@ WRITERS = {
 def test_every_format_is_read_as_file_folder_and_glob(tmp_path: Path, name: str, way: str) -> None:
     WRITERS[name](tmp_path / name, ROWS)
     corpus = at({"file": tmp_path / name, "folder": tmp_path, "glob": tmp_path / "a.*"}[way])
-    assert [shard.name for shard in corpora.shards(corpus)] == ["a.parquet"]
+    assert [shard.name for shard in shards_.find_shards(corpus)] == ["a.parquet"]
     assert read_all(corpus) == ROWS
 
 
@@ -97,7 +100,7 @@ def test_a_dataset_saved_to_disk_is_read_without_the_caches_beside_it(tmp_path: 
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved", num_shards=3)
     write_stream(tmp_path / "saved" / "cache-123.arrow", ROWS)
-    assert len(corpora.shards(at(tmp_path / "saved"))) == 3
+    assert len(shards_.find_shards(at(tmp_path / "saved"))) == 3
     assert read_all(at(tmp_path / "saved")) == ROWS
 
 
@@ -117,7 +120,7 @@ def test_a_state_file_of_another_tool_does_not_make_a_saved_dataset(tmp_path: Pa
 
 def hub_rows(corpus: Corpus) -> list[dict[str, Any]]:
     rows = []
-    for shard in corpora.hub_shards(corpus):
+    for shard in shards_.hub_shards(corpus):
         schema = corpora.read_schema(shard, corpus)
         for batch in corpora.read(shard, corpus, Counts(), schema=schema):
             assert batch.schema.equals(schema)
@@ -134,7 +137,7 @@ def test_a_hub_dataset_streams_shard_by_shard_with_subset_and_split(tmp_path: Pa
     configs = [{"config_name": name, "data_dir": name} for name in ("en", "es")]
     (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
     english = at(tmp_path, subset="en")
-    names = [shard.name for shard in corpora.hub_shards(english)]
+    names = [shard.name for shard in shards_.hub_shards(english)]
     assert names == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
     assert hub_rows(english) == ROWS[0:2] + ROWS[4:6]
     assert hub_rows(at(tmp_path, subset="en", split="test")) == ROWS[6:8]
@@ -151,7 +154,7 @@ def test_a_hub_dataset_keeps_its_types_and_gives_only_the_columns_asked_for(tmp_
         }
     )
     pq.write_table(table, tmp_path / "train-0.parquet")
-    [shard] = corpora.hub_shards(at(tmp_path))
+    [shard] = shards_.hub_shards(at(tmp_path))
     assert corpora.read_schema(shard, at(tmp_path)).equals(table.schema)
     assert hub_rows(at(tmp_path)) == table.to_pylist()
     [batch] = corpora.read(shard, at(tmp_path), Counts(), ["text"])
@@ -178,8 +181,8 @@ def test_a_remote_folder_and_glob_are_read_through_fsspec(path: str) -> None:
     fs.pipe_file("/bucket/data/x/b.jsonl.gz", gzip.compress(lines(ROWS[5:])))
     fs.pipe_file("/bucket/data/x/a.jsonl.gz", gzip.compress(lines(ROWS[:5])))
     corpus = at(path)
-    assert [shard.name for shard in corpora.shards(corpus)] == ["x/a.parquet", "x/b.parquet"]
-    assert corpora.shards(corpus)[0].source.startswith("memory://")
+    assert [shard.name for shard in shards_.find_shards(corpus)] == ["x/a.parquet", "x/b.parquet"]
+    assert shards_.find_shards(corpus)[0].source.startswith("memory://")
     assert read_all(corpus) == ROWS
     fs.rm("/bucket", recursive=True)
 
@@ -198,7 +201,7 @@ def test_a_remote_file_is_read_through_fsspec(tmp_path: Path) -> None:
 def test_shards_come_in_the_order_of_their_own_names(tmp_path: Path) -> None:
     for name in ["c.json.gz", "c.k.jsonl"]:
         (tmp_path / name).write_bytes(lines(ROWS))
-    assert [shard.name for shard in corpora.shards(at(f"{tmp_path}/c*"))] == ["c.k.parquet", "c.parquet"]
+    assert [shard.name for shard in shards_.find_shards(at(f"{tmp_path}/c*"))] == ["c.k.parquet", "c.parquet"]
 
 
 def test_shards_keep_their_names_below_the_folder_and_come_in_the_order_of_names(tmp_path: Path) -> None:
@@ -206,9 +209,12 @@ def test_shards_keep_their_names_below_the_folder_and_come_in_the_order_of_names
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(lines(ROWS[:1]))
     expected = ["a/1.parquet", "a/b/0.parquet", "b/2.parquet", "c.parquet"]
-    assert [shard.name for shard in corpora.shards(at(tmp_path))] == expected
-    assert [shard.name for shard in corpora.shards(at(f"{tmp_path}/**/*.jsonl"))] == expected
-    assert [shard.name for shard in corpora.shards(at(f"{tmp_path}/[ab]/*.jsonl"))] == ["a/1.parquet", "b/2.parquet"]
+    assert [shard.name for shard in shards_.find_shards(at(tmp_path))] == expected
+    assert [shard.name for shard in shards_.find_shards(at(f"{tmp_path}/**/*.jsonl"))] == expected
+    assert [shard.name for shard in shards_.find_shards(at(f"{tmp_path}/[ab]/*.jsonl"))] == [
+        "a/1.parquet",
+        "b/2.parquet",
+    ]
 
 
 @pytest.mark.parametrize("hidden", [".a.jsonl", "_a.jsonl", ".git/a.jsonl", "_tmp/0/a.jsonl", "notes.txt", "a.json"])
@@ -218,14 +224,14 @@ def test_hidden_files_and_other_files_are_no_documents(tmp_path: Path, hidden: s
     (folder / hidden).parent.mkdir(parents=True, exist_ok=True)
     (folder / hidden).write_bytes(lines(ROWS))
     (folder / "seen.jsonl").write_bytes(lines(ROWS[:1]))
-    assert [shard.name for shard in corpora.shards(at(folder))] == ["seen.parquet"]
-    assert [shard.name for shard in corpora.shards(at(f"{folder}/**/*.jsonl"))] == ["seen.parquet"]
+    assert [shard.name for shard in shards_.find_shards(at(folder))] == ["seen.parquet"]
+    assert [shard.name for shard in shards_.find_shards(at(f"{folder}/**/*.jsonl"))] == ["seen.parquet"]
 
 
 def test_folders_that_match_a_glob_are_not_taken_for_files(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").mkdir()
     WRITERS["a.parquet"](tmp_path / "a.parquet", ROWS)
-    assert [shard.name for shard in corpora.shards(at(tmp_path / "*.parquet"))] == ["a.parquet"]
+    assert [shard.name for shard in shards_.find_shards(at(tmp_path / "*.parquet"))] == ["a.parquet"]
 
 
 def test_names_with_brackets_blanks_and_signs_are_names(tmp_path: Path) -> None:
@@ -248,16 +254,16 @@ def test_a_fingerprint_tells_another_file_under_the_same_name(tmp_path: Path) ->
     prints = set()
     for body in [b"", b"{}\n", b"{ }\n", b"x" * 200_000, b"x" * 199_999 + b"y", b"y" + b"x" * 199_999]:
         path.write_bytes(body)
-        [shard] = corpora.shards(at(path))
-        assert corpora.fingerprint(shard) == corpora.fingerprint(shard)
-        prints.add(corpora.fingerprint(shard))
+        [shard] = shards_.find_shards(at(path))
+        assert shards_.fingerprint(shard) == shards_.fingerprint(shard)
+        prints.add(shards_.fingerprint(shard))
     assert len(prints) == 6
 
 
 def test_the_fingerprint_of_a_remote_file_is_that_of_a_local_one(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
     fsspec.filesystem("memory").pipe_file("/bucket/a.jsonl", lines(ROWS))
-    prints = {corpora.fingerprint(corpora.shards(at(p))[0]) for p in (tmp_path, "memory://bucket")}
+    prints = {shards_.fingerprint(shards_.find_shards(at(p))[0]) for p in (tmp_path, "memory://bucket")}
     assert len(prints) == 1
     fsspec.filesystem("memory").rm("/bucket", recursive=True)
 
@@ -296,7 +302,7 @@ def test_every_column_passes_through_with_its_type_and_in_its_place(tmp_path: Pa
     else:
         with pa.ipc.new_stream(str(path), table.schema) as writer:
             writer.write_table(table)
-    [shard] = corpora.shards(at(path))
+    [shard] = shards_.find_shards(at(path))
     schema = corpora.read_schema(shard, at(path))
     assert schema.equals(table.schema)
     found = pa.Table.from_batches(corpora.read(shard, at(path), Counts(), schema=schema))
@@ -304,8 +310,8 @@ def test_every_column_passes_through_with_its_type_and_in_its_place(tmp_path: Pa
 
 
 def test_what_is_written_as_a_shard_comes_back_with_its_types(tmp_path: Path) -> None:
-    corpora.write_table(tmp_path / "a.parquet", every_type())
-    [shard] = corpora.shards(at(tmp_path))
+    storage.write_table(tmp_path / "a.parquet", every_type())
+    [shard] = shards_.find_shards(at(tmp_path))
     assert pa.Table.from_batches(corpora.read(shard, at(tmp_path), Counts())).equals(every_type())
 
 
@@ -313,7 +319,7 @@ def test_what_is_written_as_a_shard_comes_back_with_its_types(tmp_path: Path) ->
 def test_trap_03_the_text_column_is_a_setting(tmp_path: Path, name: str) -> None:
     rows = [{"content": {"body": {"text": f"t{i}"}, "n": i}, "text": "wrong", "url": f"u{i}"} for i in range(3)]
     WRITERS[name](tmp_path / name, rows)
-    documents, _ = corpora.sample(at(tmp_path, text_column="content.body.text", id_column="url"), 9, 0)
+    documents, _ = sampling.sample(at(tmp_path, text_column="content.body.text", id_column="url"), 9, 0)
     assert {(d.id, d.text) for d in documents} == {(f"u{i}", f"t{i}") for i in range(3)}
     assert set(draw(at(tmp_path, text_column="url"), 9)) == {"u0", "u1", "u2"}
 
@@ -334,8 +340,8 @@ def test_text_may_be_any_kind_of_string(kind: Any) -> None:
 
 def test_without_an_id_column_copies_of_a_text_share_the_hash_of_their_content(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines([{"text": "same"}, {"text": "other"}, {"text": "same"}]))
-    [shard] = corpora.shards(at(tmp_path))
-    [documents] = corpora.documents_of(shard, at(tmp_path), Counts(), None, None)
+    [shard] = shards_.find_shards(at(tmp_path))
+    [documents] = sampling.documents_of(shard, at(tmp_path), Counts(), None, None)
     first, other, copy = [document.id for document in documents]
     assert first == copy != other
     assert first == "3899cbf2bbe606b305a65b559330d720"
@@ -343,20 +349,20 @@ def test_without_an_id_column_copies_of_a_text_share_the_hash_of_their_content(t
 
 def test_a_null_id_falls_back_to_the_hash(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines([{"id": 7, "text": "a"}, {"id": None, "text": "b"}]))
-    documents, _ = corpora.sample(at(tmp_path, id_column="id"), 9, 0)
+    documents, _ = sampling.sample(at(tmp_path, id_column="id"), 9, 0)
     assert {d.text: d.id for d in documents} == {"a": "7", "b": corpora.text_id("b")}
 
 
 def test_json_lines_unify_over_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Late keys, int then float, null then struct, structs and lists that grow: each in another batch."""
-    monkeypatch.setattr(corpora, "BATCH_ROWS", 1)
+    monkeypatch.setattr(formats, "BATCH_ROWS", 1)
     rows = [
         {"text": "a", "n": 1, "meta": {"a": 2, "z": 1}, "tags": []},
         {"text": "b", "n": None, "meta": None},
         {"text": "c", "n": 2.5, "meta": {"late": {"deep": "x"}, "z": 0.5}, "tags": ["t"], "late": True},
     ]
     (tmp_path / "a.jsonl").write_bytes(lines(rows))
-    [shard] = corpora.shards(at(tmp_path))
+    [shard] = shards_.find_shards(at(tmp_path))
     late = pa.struct([("deep", pa.string())])
     meta = pa.struct([("a", pa.int64()), ("z", pa.float64()), ("late", late)])
     expected = {
@@ -375,10 +381,10 @@ def test_json_lines_unify_over_the_whole_file(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_column_may_be_absent_from_any_number_of_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora, "BATCH_ROWS", 1)
+    monkeypatch.setattr(formats, "BATCH_ROWS", 1)
     rows = [{"text": "a"}, {"text": "b"}, {"other": 1}, {"text": "c", "good": 1, "key": "k"}, {"text": None}]
     (tmp_path / "a.jsonl").write_bytes(lines(rows))
-    documents, counts = corpora.sample(at(tmp_path, id_column="key"), 9, 0, gold_column="good")
+    documents, counts = sampling.sample(at(tmp_path, id_column="key"), 9, 0, gold_column="good")
     assert {d.text: d.gold for d in documents} == {"a": None, "b": None, "c": 1.0}
     assert (counts.n_rows, counts.n_empty) == (5, 2)
 
@@ -397,7 +403,7 @@ def test_a_gold_column_may_hold_booleans_numbers_and_gaps(tmp_path: Path) -> Non
     }
     pq.write_table(pa.table({"text": ["a", "b", "c"], **golds}), tmp_path / "a.parquet")
     for name, first in {"bool": 1.0, "int": 3.0, "float": 0.5, "decimal": 1.5}.items():
-        documents, _ = corpora.sample(at(tmp_path), 9, 0, gold_column=name)
+        documents, _ = sampling.sample(at(tmp_path), 9, 0, gold_column=name)
         assert {d.text: d.gold for d in documents} == {"a": first, "b": 0.0, "c": None}
 
 
@@ -406,20 +412,20 @@ def test_a_gold_column_may_hold_booleans_numbers_and_gaps(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.arrow", "a.feather"])
 def test_batches_hold_at_most_so_many_rows(tmp_path: Path, name: str) -> None:
-    n = 2 * corpora.BATCH_ROWS + 7
+    n = 2 * formats.BATCH_ROWS + 7
     WRITERS[name](tmp_path / name, [{"text": str(i)} for i in range(n)])
-    [shard] = corpora.shards(at(tmp_path))
+    [shard] = shards_.find_shards(at(tmp_path))
     counts = Counts()
     sizes = [batch.num_rows for batch in corpora.read(shard, at(tmp_path), counts)]
-    assert max(sizes) <= corpora.BATCH_ROWS
+    assert max(sizes) <= formats.BATCH_ROWS
     assert sum(sizes) == counts.n_rows == n
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
 def test_batches_of_long_documents_hold_fewer_rows(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora, "BATCH_BYTES", 2**20)
+    monkeypatch.setattr(formats, "BATCH_BYTES", 2**20)
     WRITERS[name](tmp_path / name, [{"text": os.urandom(50_000).hex()} for _ in range(40)])
-    [shard] = corpora.shards(at(tmp_path))
+    [shard] = shards_.find_shards(at(tmp_path))
     sizes = [batch.nbytes for batch in corpora.read(shard, at(tmp_path), Counts())]
     assert max(sizes) <= 1.2 * 2**20
     assert len(sizes) >= 4
@@ -428,7 +434,9 @@ def test_batches_of_long_documents_hold_fewer_rows(tmp_path: Path, name: str, mo
 PEAK = """
 import sys
 from pipeline.config import Corpus
-from pipeline.corpus import Counts, read, sample, shards
+from pipeline.corpus import read
+from pipeline.sample import sample
+from pipeline.shards import Counts, find_shards as shards
 corpus = Corpus(path=sys.argv[1])
 if sys.argv[2] == "sample":
     assert len(sample(corpus, 10, 0)[0]) == 10
@@ -509,12 +517,12 @@ def cut(rows: list[dict[str, Any]], folder: Path, n_shards: int, seed: int) -> C
 def test_the_sample_is_the_same_however_the_corpus_is_cut_and_ordered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpora, "BATCH_ROWS", 7)
+    monkeypatch.setattr(formats, "BATCH_ROWS", 7)
     rows = [{"text": f"t{i % 80}", "group": "abc"[i % 3], "good": i % 2} for i in range(120)]
     more: list[dict[str, Any]] = [{}, {"stratify_by": "group"}, {"gold_column": "good"}]
     for how in more:
         samples = [
-            corpora.sample(cut(rows, tmp_path / f"{len(how)}{how}{n}", n, n), 25, 3, **how)[0] for n in (1, 2, 5)
+            sampling.sample(cut(rows, tmp_path / f"{len(how)}{how}{n}", n, n), 25, 3, **how)[0] for n in (1, 2, 5)
         ]
         assert samples[0] == samples[1] == samples[2]
         assert len(samples[0]) == 25
@@ -523,7 +531,7 @@ def test_the_sample_is_the_same_however_the_corpus_is_cut_and_ordered(
 def test_copies_are_drawn_once_and_empty_texts_never_but_counted(tmp_path: Path) -> None:
     texts = ["a", "a", "b", "a", "", "  \n\t", None, "b", "c"]
     (tmp_path / "a.jsonl").write_bytes(lines([{"text": text} for text in texts]))
-    documents, counts = corpora.sample(at(tmp_path), 50, 0)
+    documents, counts = sampling.sample(at(tmp_path), 50, 0)
     assert sorted(document.text for document in documents) == ["a", "b", "c"]
     assert (counts.n_rows, counts.n_empty, counts.n_bad_rows) == (9, 3, 0)
 
@@ -531,14 +539,14 @@ def test_copies_are_drawn_once_and_empty_texts_never_but_counted(tmp_path: Path)
 def test_of_copies_the_smallest_id_stays(tmp_path: Path) -> None:
     rows = [{"id": name, "text": "same"} for name in ("c", "a", "b")]
     (tmp_path / "a.jsonl").write_bytes(lines(rows))
-    [document] = corpora.sample(at(tmp_path, id_column="id"), 5, 0)[0]
+    [document] = sampling.sample(at(tmp_path, id_column="id"), 5, 0)[0]
     assert document.id == "a"
 
 
 def test_a_copy_with_a_known_quality_goes_before_one_without(tmp_path: Path) -> None:
     for order in ([None, 2, 1], [1, 2, None], [2, None, 1]):
         (tmp_path / "a.jsonl").write_bytes(lines([{"text": "same", "good": good} for good in order]))
-        [document] = corpora.sample(at(tmp_path), 5, 0, gold_column="good")[0]
+        [document] = sampling.sample(at(tmp_path), 5, 0, gold_column="good")[0]
         assert document.gold == 1.0
 
 
@@ -549,7 +557,7 @@ def test_a_sample_larger_than_the_corpus_is_the_corpus(tmp_path: Path) -> None:
 def stratified(path: Path, groups: dict[str, int], size: int, seed: int = 0) -> Counter[str | None]:
     rows = [{"text": f"{name} {i}", "group": name} for name, n in groups.items() for i in range(n)]
     (path / "a.jsonl").write_bytes(lines(rows))
-    documents, _ = corpora.sample(at(path), size, seed, stratify_by="group")
+    documents, _ = sampling.sample(at(path), size, seed, stratify_by="group")
     assert all(document.text.startswith(f"{document.stratum} ") for document in documents)
     return Counter(document.stratum for document in documents)
 
@@ -594,8 +602,8 @@ def test_stratified_shares_are_as_equal_as_the_strata_allow(
         mixed = random.Random(shuffle).sample(rows, len(rows))
         fsspec.filesystem("memory").pipe_file("/strata/a.jsonl", lines(mixed))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(corpora, "BATCH_ROWS", batch)
-            samples.append(corpora.sample(at("memory://strata/a.jsonl"), size, seed, stratify_by="group")[0])
+            patch.setattr(formats, "BATCH_ROWS", batch)
+            samples.append(sampling.sample(at("memory://strata/a.jsonl"), size, seed, stratify_by="group")[0])
     assert samples[0] == samples[1]
     shares = Counter(document.stratum for document in samples[0])
     assert shares.total() == min(size, len(rows))
@@ -614,12 +622,12 @@ def everything_in(folder: Path) -> list[str]:
 def test_a_writer_that_fails_leaves_neither_file_nor_leftover_and_the_old_file_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a.parquet"
     table = pa.table({"text": ["new"]})
-    with pytest.raises(RuntimeError), corpora.shard_writer(path, table.schema) as writer:
+    with pytest.raises(RuntimeError), storage.shard_writer(path, table.schema) as writer:
         writer.write_table(table)
         raise RuntimeError
     assert everything_in(tmp_path) == []
-    corpora.write_table(path, pa.table({"text": ["old"]}))
-    with pytest.raises(KeyboardInterrupt), corpora.shard_writer(path, table.schema) as writer:
+    storage.write_table(path, pa.table({"text": ["old"]}))
+    with pytest.raises(KeyboardInterrupt), storage.shard_writer(path, table.schema) as writer:
         writer.write_table(table)
         raise KeyboardInterrupt
     assert everything_in(tmp_path) == ["deep/a.parquet"]
@@ -627,9 +635,9 @@ def test_a_writer_that_fails_leaves_neither_file_nor_leftover_and_the_old_file_a
 
 
 def test_a_reader_of_the_old_file_reads_it_to_the_end_while_the_new_one_takes_its_place(tmp_path: Path) -> None:
-    corpora.write_text(tmp_path / "a.json", "old")
+    storage.write_text(tmp_path / "a.json", "old")
     with (tmp_path / "a.json").open() as file:
-        corpora.write_text(tmp_path / "a.json", "new")
+        storage.write_text(tmp_path / "a.json", "new")
         assert file.read() == "old"
     assert (tmp_path / "a.json").read_text() == "new"
 
@@ -640,13 +648,13 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name_and_the_name_is_too(
     synced: list[list[str]] = []
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(everything_in(tmp_path)), fsync(handle)))
-    corpora.write_text(tmp_path / "a.json", "x")
+    storage.write_text(tmp_path / "a.json", "x")
     assert [names == ["a.json"] for names in synced] == [False, True]
 
 
 def test_a_file_is_not_there_before_it_is_whole(tmp_path: Path) -> None:
     table = pa.table({"text": ["x"] * 1000})
-    with corpora.shard_writer(tmp_path / "a.parquet", table.schema) as writer:
+    with storage.shard_writer(tmp_path / "a.parquet", table.schema) as writer:
         writer.write_table(table)
         assert not (tmp_path / "a.parquet").exists()
         [leftover] = everything_in(tmp_path)
@@ -657,7 +665,7 @@ def test_a_file_is_not_there_before_it_is_whole(tmp_path: Path) -> None:
 KILLED = """
 import sys, time, pyarrow as pa
 from pathlib import Path
-from pipeline.corpus import shard_writer
+from pipeline.storage import shard_writer
 table = pa.table({"text": ["x" * 1000] * 1000})
 with shard_writer(Path(sys.argv[1]), table.schema) as writer:
     writer.write_table(table)
@@ -675,8 +683,8 @@ def test_trap_16_a_killed_writer_leaves_no_shard_and_the_sweep_takes_its_leftove
     [leftover] = everything_in(tmp_path)
     assert leftover != "nested/a.parquet"
     with pytest.raises(UserError, match="holds no parquet"):
-        corpora.shards(at(tmp_path))
-    corpora.sweep(tmp_path)
+        shards_.find_shards(at(tmp_path))
+    storage.sweep(tmp_path)
     assert everything_in(tmp_path) == []
 
 
@@ -684,11 +692,11 @@ def test_the_sweep_keeps_what_it_is_told_to_keep(tmp_path: Path) -> None:
     for name in ["a.parquet", "deep/b.parquet", "old.parquet", ".a.parquet.7.tmp", "deep/.b.parquet.8.tmp"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    corpora.sweep(tmp_path)
+    storage.sweep(tmp_path)
     assert everything_in(tmp_path) == ["a.parquet", "deep/b.parquet", "old.parquet"]
-    corpora.sweep(tmp_path, keep={"a.parquet", "deep/b.parquet"})
+    storage.sweep(tmp_path, keep={"a.parquet", "deep/b.parquet"})
     assert everything_in(tmp_path) == ["a.parquet", "deep/b.parquet"]
-    corpora.sweep(tmp_path / "not there")
+    storage.sweep(tmp_path / "not there")
 
 
 @pytest.mark.parametrize(("n_rows", "step"), [(2000, 401), (60, 7)], ids=["large", "small"])
@@ -696,7 +704,7 @@ def test_a_flipped_bit_in_a_written_shard_never_gives_wrong_data(tmp_path: Path,
     """Parquet puts no checksum on its footer, where a flip may rename a column; but no row is wrong or missing."""
     rows = [{"text": f"some text, number {i * i}", "x": i / 7} for i in range(n_rows)]
     path = tmp_path / "a.parquet"
-    corpora.write_table(path, pa.Table.from_pylist(rows))
+    storage.write_table(path, pa.Table.from_pylist(rows))
     whole = path.read_bytes()
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
     outcomes: Counter[str] = Counter()

@@ -18,9 +18,12 @@ import pytest
 import zstandard
 
 from pipeline import corpus as corpora
+from pipeline import formats, storage
+from pipeline import sample as sampling_
+from pipeline import shards as shards_
 from pipeline.config import Corpus
-from pipeline.corpus import Counts
 from pipeline.errors import UserError
+from pipeline.shards import Counts
 
 ROWS = [{"id": f"d{i}", "text": f"document number {i}", "n": i} for i in range(10)]
 
@@ -40,11 +43,11 @@ def complaint(work: Callable[[], Any]) -> str:
 
 
 def listing(corpus: Corpus) -> str:
-    return complaint(lambda: corpora.shards(corpus))
+    return complaint(lambda: shards_.find_shards(corpus))
 
 
 def sampling(corpus: Corpus, **more: Any) -> str:
-    return complaint(lambda: corpora.sample(corpus, 5, 0, **more))
+    return complaint(lambda: sampling_.sample(corpus, 5, 0, **more))
 
 
 def scoring(corpus: Corpus) -> str:
@@ -54,7 +57,7 @@ def scoring(corpus: Corpus) -> str:
 
 def read_all(corpus: Corpus, counts: Counts | None = None) -> list[dict[str, Any]]:
     rows = []
-    for shard in corpora.shards(corpus):
+    for shard in shards_.find_shards(corpus):
         schema = corpora.read_schema(shard, corpus)
         for batch in corpora.read(shard, corpus, counts or Counts(), schema=schema):
             corpora.texts(batch, corpus, shard, Counts())
@@ -63,7 +66,7 @@ def read_all(corpus: Corpus, counts: Counts | None = None) -> list[dict[str, Any
 
 
 def texts_of(corpus: Corpus) -> list[str]:
-    return sorted(document.text for document in corpora.sample(corpus, 99, 0)[0])
+    return sorted(document.text for document in sampling_.sample(corpus, 99, 0)[0])
 
 
 def lines(rows: list[Any]) -> bytes:
@@ -108,7 +111,7 @@ def test_an_empty_corpus_has_no_rows_and_no_sample(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"")
     parquet(tmp_path / "a.parquet", text=pa.array([], pa.string()))
     for name in ("a.jsonl", "a.parquet"):
-        documents, counts = corpora.sample(at(tmp_path / name), 5, 0)
+        documents, counts = sampling_.sample(at(tmp_path / name), 5, 0)
         assert (documents, counts.n_rows) == ([], 0)
 
 
@@ -123,7 +126,7 @@ def test_a_folder_of_several_formats_is_refused_and_the_way_out_works(tmp_path: 
     parquet(tmp_path / "b.parquet", text=["x"])
     line = listing(at(tmp_path))
     assert "mixes jsonl and parquet files; choose with a glob such as *.jsonl" in line
-    assert [shard.name for shard in corpora.shards(at(tmp_path / "*.jsonl"))] == ["a.parquet"]
+    assert [shard.name for shard in shards_.find_shards(at(tmp_path / "*.jsonl"))] == ["a.parquet"]
 
 
 def test_a_split_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
@@ -136,7 +139,7 @@ def test_a_split_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
 def test_a_split_that_a_hub_dataset_does_not_have_names_those_that_it_has(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     parquet(tmp_path / "train.parquet", text=["x"])
-    line = complaint(lambda: corpora.hub_shards(at(tmp_path, split="validation")))
+    line = complaint(lambda: shards_.hub_shards(at(tmp_path, split="validation")))
     assert "validation" in line
     assert "train" in line
 
@@ -146,7 +149,7 @@ def test_a_hub_dataset_that_changes_its_types_late_is_one_line(tmp_path: Path) -
     pytest.importorskip("datasets")
     rows = [{"text": "x" * 2**20, "n": 1}] * 12 + [{"text": "y", "n": 0.5}]
     (tmp_path / "train.jsonl").write_bytes(lines(rows))
-    [shard] = corpora.hub_shards(at(tmp_path))
+    [shard] = shards_.hub_shards(at(tmp_path))
     assert "train-00000-of-00001.parquet cannot be read" in complaint(
         lambda: list(corpora.read(shard, at(tmp_path), Counts()))
     )
@@ -308,9 +311,9 @@ def test_flipped_bits_in_compressed_json_lines_never_give_a_traceback(tmp_path: 
 
 def test_a_shard_that_goes_away_is_named(tmp_path: Path) -> None:
     corpus = parquet(tmp_path / "a.parquet", text=["x"])
-    [shard] = corpora.shards(corpus)
+    [shard] = shards_.find_shards(corpus)
     (tmp_path / "a.parquet").unlink()
-    for work in (corpora.fingerprint, lambda s: corpora.read_schema(s, corpus), lambda s: corpora.n_rows([s])):
+    for work in (shards_.fingerprint, lambda s: corpora.read_schema(s, corpus), lambda s: corpora.n_rows([s])):
         assert "a.parquet is missing" in complaint(lambda work=work: work(shard))
 
 
@@ -335,7 +338,7 @@ def test_a_bad_line_is_named_with_its_number_and_can_be_left_out_and_counted(tmp
     counts = Counts()
     assert read_all(patient, counts) == [{"text": "a"}, {"text": "b"}]
     assert (counts.n_rows, counts.n_bad_rows) == (3, 1)
-    documents, counts = corpora.sample(patient, 9, 0)
+    documents, counts = sampling_.sample(patient, 9, 0)
     assert (len(documents), counts.n_rows, counts.n_bad_rows) == (2, 3, 1)
 
 
@@ -351,7 +354,7 @@ def test_json_too_deep_to_read_is_a_bad_line(tmp_path: Path) -> None:
 def test_a_column_of_several_types_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: tuple[Any, Any], batch_rows: int
 ) -> None:
-    monkeypatch.setattr(corpora, "BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(formats, "BATCH_ROWS", batch_rows)
     (tmp_path / "a.jsonl").write_bytes(lines([{"text": "t", "mixed": value} for value in pair]))
     line = scoring(at(tmp_path))
     assert "a.jsonl" in line
@@ -400,7 +403,7 @@ def test_lone_surrogates_become_the_replacement_character_and_are_counted(tmp_pa
     )
     (tmp_path / "a.jsonl").write_bytes(body)
     expected = ["cut \ufffd here", "at the end \ufffd", "backwards \ufffd\ufffd!", "whole \U0001f600", "deep"]
-    documents, counts = corpora.sample(at(tmp_path), 9, 0)
+    documents, counts = sampling_.sample(at(tmp_path), 9, 0)
     assert {document.text for document in documents} == set(expected)
     assert counts.n_repaired_texts == 4
     counts = Counts()
@@ -424,7 +427,7 @@ def test_bytes_that_are_not_utf8_in_a_string_column_become_the_replacement_chara
     }
     corpus = parquet(tmp_path / "a.parquet", **shapes[kind])
     corpus = corpus.model_copy(update={"text_column": "content.text" if kind == "nested" else "text"})
-    documents, counts = corpora.sample(corpus, 9, 0)
+    documents, counts = sampling_.sample(corpus, 9, 0)
     assert {document.text for document in documents} == {"fine", "caf\ufffd", "\ufffd", "good \ufffd"}
     assert (counts.n_repaired_texts, counts.n_empty) == (2, 1)
 
@@ -434,7 +437,7 @@ def test_bytes_that_are_not_utf8_in_an_id_or_a_stratum_do_no_harm(tmp_path: Path
     strings = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
     corpus = parquet(tmp_path / "a.parquet", text=["a", "b"], key=strings, group=strings)
     corpus = corpus.model_copy(update={"id_column": "key"})
-    documents, _ = corpora.sample(corpus, 9, 0, stratify_by="group")
+    documents, _ = sampling_.sample(corpus, 9, 0, stratify_by="group")
     assert {(d.id, d.stratum) for d in documents} == {("caf\ufffd", "caf\ufffd"), ("fine", "fine")}
 
 
@@ -444,7 +447,7 @@ WRITE = """
 import os, sys
 import pyarrow as pa
 from pathlib import Path
-from pipeline.corpus import shard_writer, write_text
+from pipeline.storage import shard_writer, write_text
 from pipeline.errors import UserError
 folder = Path(sys.argv[1])
 table = pa.table({"text": [os.urandom(500).hex() for _ in range(1000)]})
@@ -508,12 +511,12 @@ def test_a_limit_on_file_size_is_one_line_and_leaves_neither_file_nor_leftover(t
 def test_a_folder_that_is_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("I am a file")
     for path in (tmp_path / "run" / "a.json", tmp_path / "run" / "deep" / "a.json"):
-        assert f"cannot write {path}: " in complaint(lambda path=path: corpora.write_text(path, "x"))
+        assert f"cannot write {path}: " in complaint(lambda path=path: storage.write_text(path, "x"))
     assert (tmp_path / "run").read_text() == "I am a file"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; the read-only disk above covers it")
 def test_a_folder_without_permission_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    line = complaint(lambda: corpora.write_text(tmp_path / "locked" / "a.json", "x"))
+    line = complaint(lambda: storage.write_text(tmp_path / "locked" / "a.json", "x"))
     assert "permission denied" in line

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import config, corpus, score, student
+from pipeline import config, formats, score, student
 from pipeline.errors import UserError
 from pipeline.student import Student
 
@@ -209,7 +209,7 @@ def test_score_says_what_is_missing(tmp_path: Path, corpus_folder: Path):
 
 def test_windows_of_rows_bound_the_memory_of_a_shard(tmp_path: Path, student_folder: Path, monkeypatch):
     """The encoder never sees more than a window at a time."""
-    monkeypatch.setattr(corpus, "BATCH_ROWS", 64)
+    monkeypatch.setattr(formats, "BATCH_ROWS", 64)
     pq.write_table(pa.table({"text": [f"text {i}" for i in range(300)]}), tmp_path / "corpus.parquet")
     seen: list[int] = []
     original = Student.score_counted

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import config, rate, student, train
+from pipeline import config, ratings, student, train
 from pipeline.errors import UserError
 
 
@@ -20,7 +20,7 @@ def ratings_file(tmp_path: Path, scores: list[float | None], texts: list[str], *
         "teacher": ["t"] * n,
         **columns,
     }
-    table = pa.table({name: pa.array(values, rate.SCHEMA.field(name).type) for name, values in columns.items()})
+    table = pa.table({name: pa.array(values, ratings.SCHEMA.field(name).type) for name, values in columns.items()})
     path = tmp_path / "ratings.parquet"
     pq.write_table(table.replace_schema_metadata({"scale": "0 5"}), path)
     return path

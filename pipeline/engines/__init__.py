@@ -1,1 +1,17 @@
 """Who runs a teacher: one file per engine, each with one function `ask` (see pipeline.teacher.Ask)."""
+
+from pipeline.config import Teacher
+from pipeline.errors import required
+from pipeline.teacher import Ask
+
+
+def engine(teacher: Teacher) -> Ask:
+    """The engine by its name; its libraries are imported only now."""
+    required(teacher.model, "teacher.model", "Qwen/Qwen3-8B")
+    if teacher.engine == "openai":
+        from pipeline.engines import openai
+
+        return openai.ask
+    from pipeline.engines import transformers
+
+    return transformers.ask

@@ -1,243 +1,332 @@
 """A teacher behind any OpenAI-compatible endpoint: many requests in flight, failed ones sent again."""
 
 import asyncio
+import json
 import logging
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipeline.config import Teacher
 from pipeline.errors import UserError, needs
 from pipeline.models import first_tokens, locate
-from pipeline.prompts import CUT_MARK, Prompt
+from pipeline.prompts import CUT_MARK, Prompt, log_sum_exp
 from pipeline.teacher import Answer, Question, Record
 
 log = logging.getLogger("gristmill")
+
+OPENAI_URL = "https://api.openai.com/v1"
 
 BYTES_PER_TOKEN = 4
 """Stands in for an unknown tokenizer when documents are cut."""
 
 GIVE_UP_AFTER = 20
-"""Documents that fail in a row, with none answered in between, before the endpoint counts as down."""
+"""Documents without an answer in a row before the endpoint counts as down, and answers without a single candidate
+before the prompt counts as wrong."""
+
+CONNECT_S = 10.0
+LONGEST_PAUSE_S = 120.0
+
+PASSING = {408, 409, 425, 429}
+"""Statuses that pass, beside those from 500 on: the request is sent again."""
+
+ABOUT_THE_DOCUMENT = {400, 413, 422}
+"""Statuses that speak of one request: too long, not allowed."""
 
 CONTROL = re.compile(
-    r"<[|｜][^<>\s]{1,40}[|｜]>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>",
+    r"<[|｜][^<>\s]{1,40}[|｜]>|</?s>|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<</?SYS>>"
+    r"|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>",
     re.IGNORECASE,
 )
 """Control tokens of common chat templates, which some servers obey inside a document."""
 
 Cut = Callable[[str], tuple[str, bool]]
+Json = Any
+Pairs = list[tuple[str, float]]
 
 
 def ask(prompt: Prompt, teacher: Teacher, questions: list[Question], answered: set[str], record: Record) -> None:
     """Ask an endpoint; an answer is recorded the moment it arrives."""
     open_questions = [question for question in questions if question.key not in answered]
     if open_questions:
-        asyncio.run(Endpoint(prompt, teacher, record).ask_all(iter(open_questions)))
+        asyncio.run(Endpoint(prompt, teacher, record, proven=bool(answered)).ask_all(open_questions))
+
+
+class NoAnswer(Exception):
+    """A request that came to nothing without an error being sent: time-out, or something that is no completion."""
 
 
 class Endpoint:
-    """One endpoint with one prompt."""
+    """One endpoint with one prompt. `proven`: it has answered this prompt before, so its settings are right."""
 
-    def __init__(self, prompt: Prompt, teacher: Teacher, record: Record) -> None:
+    def __init__(self, prompt: Prompt, teacher: Teacher, record: Record, proven: bool) -> None:
         self.openai = needs("openai", "openai")
         self.stamina = needs("stamina", "openai")
+        self.stamina.instrumentation.set_on_retry_hooks([])  # note() says more
         self.prompt, self.settings, self.record = prompt, teacher, record
+        self.url, self.key = url_of(teacher), key_of(teacher)
         self.cut = cutter(teacher)
-        self.failed_in_a_row = 0
-        self.seen: set[str] = set()
+        self.proven, self.saw_candidate = proven, proven
+        self.n_answered = self.n_failed_in_a_row = 0
+        self.failures: Counter[str] = Counter()
 
-    async def ask_all(self, questions: Iterator[Question]) -> None:
+    async def ask_all(self, questions: list[Question]) -> None:
         """Keep `concurrency` requests in flight until every question is answered or has failed."""
-        key = os.environ.get(self.settings.api_key_env)
-        if key is None and self.settings.base_url is None:
-            raise UserError(
-                f"teacher.api_key_env: {self.settings.api_key_env} is not set; export the endpoint's key in it"
-            )
-        async with self.openai.AsyncOpenAI(
-            api_key=key or "none",
-            base_url=self.settings.base_url,
-            timeout=self.settings.timeout_s,
-            max_retries=0,
-        ) as client:
-            workers = [self.work(client, questions) for _ in range(self.settings.concurrency)]
-            await asyncio.gather(*workers)
-        self.check_choices_seen()
+        queue, n_workers = iter(questions), min(self.settings.concurrency, len(questions))
+        async with self.client() as client:
+            workers = [asyncio.create_task(self.work(client, queue)) for _ in range(n_workers)]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                deque(queue, maxlen=0)  # before Python 3.12 an answer that arrives with a cancellation swallows it
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+        if self.failures:
+            log.info("teacher: failed requests: %s", ", ".join(f"{why} {n}" for why, n in self.failures.items()))
 
-    async def work(self, client: Any, questions: Iterator[Question]) -> None:
+    def client(self) -> Any:
+        """A client that sends each request once; how long one may take is seen to in `send`."""
+        timeout = self.openai.Timeout(None, connect=min(CONNECT_S, self.settings.timeout_s))
+        return self.openai.AsyncOpenAI(api_key=self.key or "none", base_url=self.url, timeout=timeout, max_retries=0)
+
+    async def work(self, client: Any, queue: Iterator[Question]) -> None:
         """Ask one question after another."""
-        for question in questions:
-            answer = await self.answer(client, question)
-            self.record([(question.key, answer)])
-            self.failed_in_a_row = self.failed_in_a_row + 1 if answer.finish == "failed" else 0
-            self.seen |= {name for name, log_p in (answer.log_probs or {}).items() if log_p > -math.inf}
+        for question in queue:
+            begin = time.perf_counter()
+            document, was_cut = self.prepare(question.text)
+            answer = await self.answer(client, document)
+            seconds = time.perf_counter() - begin
+            self.record([(question.key, replace(answer, seconds=seconds, was_cut=was_cut))])
 
-    async def answer(self, client: Any, question: Question) -> Answer:
+    def prepare(self, text: str) -> tuple[str, bool]:
+        """The document as it is sent, unable to leave its place, and whether it was cut.
+
+        It is cut before it is guarded, so that 50 MB cost no more than a page, and again should the guards be long.
+        """
+        short, was_cut = self.cut(well_formed(text))
+        safe, cut_again = self.cut(self.prompt.fence(break_control_tokens(short)))
+        was_cut = was_cut or cut_again
+        return safe + (CUT_MARK if was_cut else ""), was_cut
+
+    # -- retries
+
+    async def answer(self, client: Any, document: str) -> Answer:
         """One answer, or a failed one after all retries."""
-        openai, url = self.openai, client.base_url
-        begin = time.perf_counter()
-        document, was_cut = self.cut(self.prompt.fence(break_control_tokens(question.text)))
-        document += CUT_MARK if was_cut else ""
         try:
             answer = await self.retried(client, document)
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise UserError(
-                f"{url} refuses: {one_line(error)}; check --teacher.model, --teacher.base-url and the key in"
-                f" {self.settings.api_key_env}; every answer so far is recorded"
-            ) from None
-        except (openai.OpenAIError, Garbage) as error:
-            log.warning("request failed for good: %s", one_line(error))
-            self.check_alive(url, error)
-            return Answer("failed")
-        return Answer(**answer, seconds=time.perf_counter() - begin, was_cut=was_cut)
+        except (self.openai.OpenAIError, NoAnswer) as error:
+            return self.failed(error)
+        self.proven = True
+        self.n_answered += 1
+        self.n_failed_in_a_row = 0
+        return answer
 
-    async def retried(self, client: Any, document: str) -> dict[str, Any]:
+    async def retried(self, client: Any, document: str) -> Answer:
         """Send until it succeeds or the retries are used up."""
+        send = self.send_chat if self.prompt.chat else self.send_text
+        attempts = self.settings.retries + 1
         async for attempt in self.stamina.retry_context(
-            on=self.pause_before_retry, attempts=self.settings.retries + 1, timeout=None, wait_max=30.0
+            on=self.pause_before_retry, attempts=attempts, timeout=None, wait_initial=0.5, wait_max=30.0
         ):
             with attempt:
-                send = self.send_chat if self.prompt.chat else self.send_text
                 return await send(client, document)
         raise AssertionError("unreachable")
 
-    def pause_before_retry(self, error: Exception) -> bool | float:
+    def pause_before_retry(self, error: Any) -> bool | float:
         """Whether to send again; the seconds to wait where the endpoint names them (Retry-After)."""
-        openai = self.openai
-        if isinstance(error, openai.RateLimitError | openai.InternalServerError):
-            after = error.response.headers.get("retry-after", "")
-            return min(float(after), 120.0) if after.replace(".", "", 1).isdigit() else True
-        again = (
-            openai.APIConnectionError,
-            openai.ConflictError,
-            openai.APIResponseValidationError,
-            Garbage,
-            ValueError,
-        )
-        return isinstance(error, again) and not isinstance(error, UserError)
+        if isinstance(error, self.openai.APIStatusError):
+            self.note(error, str(error.status_code))
+            passing = error.status_code in PASSING or error.status_code >= 500
+            return passing and (retry_after(error.response.headers) or True)
+        if isinstance(error, (self.openai.APIConnectionError, NoAnswer)):
+            self.note(error, type(error).__name__)
+            return True
+        return False
 
-    def check_alive(self, url: object, error: Exception) -> None:
-        """Stop when nothing has been answered for long: the endpoint is down, or refuses every request."""
-        if self.failed_in_a_row >= GIVE_UP_AFTER:
+    def note(self, error: Exception, kind: str) -> None:
+        """Count failed requests by kind; the first of a kind is logged."""
+        self.failures[kind] += 1
+        if self.failures[kind] == 1:
+            log.info("teacher: a request failed (%s)", self.one_line(error))
+
+    def failed(self, error: Any) -> Answer:
+        """What is recorded of a document without an answer."""
+        if getattr(error, "code", None) == "content_filter":
+            return Answer("refused")
+        self.check_usable(getattr(error, "status_code", None), error)
+        log.warning("teacher: a document failed (%s)", self.one_line(error))
+        return Answer("failed")
+
+    def check_usable(self, status: int | None, error: Exception) -> None:
+        """Stop where no other request would fare better: wrong key or model, nobody there, no answer for long.
+
+        A document that is refused as such says nothing about an endpoint that has answered others.
+        """
+        kept = "every answer so far is recorded, run the same command to go on"
+        if status in (401, 404) or (status == 403 and not self.proven):
             raise UserError(
-                f"{url} failed {self.failed_in_a_row} times in a row ({one_line(error)}); every answer so far is"
-                " recorded, run the same command to go on"
+                f"{self.url} refuses ({self.one_line(error)}); check --teacher.model, --teacher.base-url and the key"
+                f" in {self.settings.api_key_env}; {kept}"
             )
+        if isinstance(error, self.openai.APIConnectionError) and not self.n_answered:
+            raise UserError(
+                f"{self.url} cannot be reached ({self.one_line(error)}); start it, or check --teacher.base-url; {kept}"
+            )
+        self.n_failed_in_a_row += not (self.proven and status in ABOUT_THE_DOCUMENT)
+        if self.n_failed_in_a_row >= GIVE_UP_AFTER:
+            raise UserError(
+                f"{self.url} has no answer for {self.n_failed_in_a_row} documents in a row ({self.one_line(error)});"
+                f" {kept}"
+            )
+
+    def one_line(self, error: Exception) -> str:
+        """An error in one line, without the key, should the endpoint repeat it."""
+        cause = error.__cause__ if isinstance(error, self.openai.APIConnectionError) else None
+        said = " ".join(f"{type(error).__name__}: {cause or error}".split())
+        return (said.replace(self.key, "***") if self.key else said)[:300]
 
     # -- one request
 
-    async def send_chat(self, client: Any, document: str) -> dict[str, Any]:
+    async def send_chat(self, client: Any, document: str) -> Answer:
         """One chat completion."""
         messages = self.prompt.turns(document)
-        extra: dict[str, Any] = {}
+        extra: dict[str, Json] = {}
         if self.prompt.answer_start:
             messages = [*messages, {"role": "assistant", "content": self.prompt.answer_start}]
             extra = {"continue_final_message": True, "add_generation_prompt": False}
         if self.settings.chat_template_args:
             extra["chat_template_kwargs"] = self.settings.chat_template_args
-        top = {"logprobs": True, "top_logprobs": self.settings.top_logprobs}
-        body = self.body(top) | extra | self.settings.args
-        response = await client.chat.completions.create(
-            model=self.settings.model, messages=messages, extra_body=without_none(body)
-        )
-        choice = first_choice(response)
-        if getattr(choice.message, "refusal", None):
-            return self.read(response, "refused", choice.message.refusal, {})
-        tokens = choice.logprobs.content if choice.logprobs else None
-        found = {item.token: item.logprob for item in tokens[0].top_logprobs} if tokens else {}
-        return self.read(response, choice.finish_reason, choice.message.content or "", found)
+        rivals = {"logprobs": True, "top_logprobs": self.settings.top_logprobs}
+        response = await self.send(client.chat.completions, {"messages": messages}, {**self.sampling(rivals), **extra})
+        shown = dig(response, "choices", 0, "logprobs", "content")
+        tops = None if shown is None else pairs(dig(shown, 0, "top_logprobs"))
+        return self.read(response, dig(response, "choices", 0, "message"), "content", tops)
 
-    async def send_text(self, client: Any, document: str) -> dict[str, Any]:
+    async def send_text(self, client: Any, document: str) -> Answer:
         """One plain completion (prompts with chat: false)."""
         before, after = self.prompt.around()
         system = f"{self.prompt.system}\n\n" if self.prompt.system else ""
-        body = self.body({"logprobs": self.settings.top_logprobs}) | self.settings.args
-        response = await client.completions.create(
-            model=self.settings.model,
-            prompt=system + before + document + after + self.prompt.answer_start,
-            extra_body=without_none(body),
-        )
-        choice = first_choice(response)
-        tops = choice.logprobs.top_logprobs if choice.logprobs else None
-        return self.read(response, choice.finish_reason, choice.text or "", dict(tops[0]) if tops else {})
+        text = system + before + document + after + self.prompt.answer_start
+        rivals = {"logprobs": self.settings.top_logprobs}
+        response = await self.send(client.completions, {"prompt": text}, self.sampling(rivals))
+        shown = dig(response, "choices", 0, "logprobs", "top_logprobs")
+        tops = None if shown is None else pairs(dig(shown, 0))
+        return self.read(response, dig(response, "choices", 0), "text", tops)
 
-    def body(self, top: dict[str, Any]) -> dict[str, Any]:
+    async def send(self, endpoint: Any, question: dict[str, Json], options: dict[str, Json]) -> Json:
+        """The response to one request, as plain JSON; `args: {temperature: null}` takes an option away."""
+        options = {name: value for name, value in {**options, **self.settings.args}.items() if value is not None}
+        request = endpoint.with_raw_response.create(model=self.settings.model, **question, extra_body=options)
+        try:
+            response = await asyncio.wait_for(request, self.settings.timeout_s)
+        except asyncio.TimeoutError:
+            raise NoAnswer(f"no answer within {self.settings.timeout_s:g} s") from None
+        return parse(response.content)
+
+    def sampling(self, rivals: dict[str, Json]) -> dict[str, Json]:
         """The sampling part of a request: one token with its rivals, or a written answer."""
         settings = self.settings
         if self.prompt.read == "choices":
-            return {"max_tokens": 1, "temperature": 0.0, **top}
-        room = {} if "max_completion_tokens" in settings.args else {"max_tokens": settings.max_tokens}
-        seed = {"seed": settings.seed} if settings.temperature > 0 else {}
-        return {**room, **seed, "temperature": settings.temperature, "top_p": settings.top_p}
+            asked = {"max_tokens": 1, "temperature": 0.0, **rivals}
+        elif settings.temperature == 0:
+            asked = {"max_tokens": settings.max_tokens, "temperature": 0.0}
+        else:
+            asked = {name: getattr(settings, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
+        return asked | ({"max_tokens": None} if "max_completion_tokens" in settings.args else {})
 
-    def read(self, response: Any, finish: str, text: str, found: dict[str, float]) -> dict[str, Any]:
-        """What is kept of a response."""
-        usage = response.usage
-        kept: dict[str, Any] = {
-            "text": text,
-            "prompt_tokens": getattr(usage, "prompt_tokens", 0) or 0,
-            "answer_tokens": getattr(usage, "completion_tokens", 0) or 0,
-        }
-        if finish in ("content_filter", "refused"):
-            return {**kept, "finish": "refused"}
+    def read(self, response: Json, said: Json, name: str, tops: Pairs | None) -> Answer:
+        """What is kept of a response; `said` holds the text under `name`."""
+        if not isinstance(said, dict) or dig(response, "choices", 0, "error"):
+            raise NoAnswer(f"no completion in the response {str(response)[:80]!r}")
+        finish = dig(response, "choices", 0, "finish_reason")
+        refusal = said.get("refusal")
+        answer = Answer(
+            "length" if finish == "length" else "stop",
+            text=well_formed(str(refusal or said.get(name) or "")),
+            prompt_tokens=whole(dig(response, "usage", "prompt_tokens")),
+            answer_tokens=whole(dig(response, "usage", "completion_tokens")),
+        )
+        if refusal or finish == "content_filter":
+            return replace(answer, finish="refused")
         if self.prompt.read != "choices":
-            return {**kept, "finish": "length" if finish == "length" else "stop"}
-        if not found:
-            raise UserError(f"{self.settings.model} returns no log-probabilities; use a prompt with read: generate")
-        return {
-            **kept,
-            "finish": "stop",
-            "log_probs": {name: found.get(name, -math.inf) for name in self.prompt.candidates},
-        }
+            return answer
+        return replace(answer, finish="stop", log_probs=self.log_probs(tops))
 
-    def check_choices_seen(self) -> None:
-        """Refuse a group of candidates that never came up: they are several tokens, or too unlikely to be listed."""
-        for choice in self.prompt.choices if self.seen else ():
-            if not self.seen & set(choice.answers):
-                raise UserError(
-                    f"prompt {self.prompt.name}: none of {', '.join(map(repr, choice.answers))} was ever among the"
-                    f" {self.settings.top_logprobs} likeliest tokens; each must be one token of {self.settings.model}"
-                )
+    def log_probs(self, tops: Pairs | None) -> dict[str, float]:
+        """Log-probability of each candidate, -inf where it is not listed; tokens of one spelling count together."""
+        if tops is None and self.proven:
+            raise NoAnswer("no log-probabilities in the response")
+        if tops is None:
+            raise UserError(
+                f"{self.settings.model} at {self.url} returns no log-probabilities; use a prompt with read: generate"
+            )
+        found = {name: log_sum_exp([p for token, p in tops if token == name]) for name in self.prompt.candidates}
+        self.saw_candidate = self.saw_candidate or max(found.values()) > -math.inf
+        if not self.saw_candidate and self.n_answered + 1 >= GIVE_UP_AFTER:
+            raise UserError(
+                f"prompt {self.prompt.name}: none of {', '.join(map(repr, found))} was among the likeliest tokens of"
+                f" {GIVE_UP_AFTER} answers; {self.settings.model} rather says"
+                f" {', '.join(repr(token) for token, _ in tops[:5])}; spell the answers so, or lead to them with"
+                " answer_start"
+            )
+        return found
 
 
-class Garbage(Exception):
-    """A response with status 200 that is no completion."""
+# -- before the first request
 
 
-def first_choice(response: Any) -> Any:
-    """The completion in a response."""
-    choices = getattr(response, "choices", None)
-    if not choices:
-        raise Garbage(f"no completion in the response: {str(response)[:80]!r}")
-    return choices[0]
+def url_of(teacher: Teacher) -> str:
+    """The endpoint, if its URL can be one."""
+    url = teacher.base_url or OPENAI_URL
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise UserError(f"teacher.base_url: {url} is no URL; give one such as http://localhost:8000/v1")
+    return url
+
+
+def key_of(teacher: Teacher) -> str:
+    """The endpoint's key from the environment; one's own endpoint may do without."""
+    name = teacher.api_key_env
+    key = os.environ.get(name, "").strip()
+    if not key and teacher.base_url is None:
+        raise UserError(f"teacher.api_key_env: {name} is not set; export the endpoint's key in it")
+    if re.search(r"[^!-~]", key):
+        raise UserError(f"teacher.api_key_env: {name} holds something that is no key (spaces, or not ASCII)")
+    return key
 
 
 def cutter(teacher: Teacher) -> Cut:
     """Cuts a document to teacher.document_tokens: exactly if the tokenizer is known, else by bytes."""
     limit = teacher.document_tokens
     if teacher.tokenizer is None:
-        log.info(
-            "documents are cut at %d bytes; give --teacher.tokenizer to cut by tokens",
-            limit * BYTES_PER_TOKEN,
-        )
-        return lambda text: cut_bytes(text, limit * BYTES_PER_TOKEN)
+        n_bytes = limit * BYTES_PER_TOKEN
+        log.info("documents are cut at %d bytes; give --teacher.tokenizer to cut by tokens", n_bytes)
+        return lambda text: cut_bytes(text, n_bytes)
     tokenizer = needs("transformers", "torch").AutoTokenizer.from_pretrained(
         locate(teacher.tokenizer, "teacher.tokenizer")
     )
 
     def cut(text: str) -> tuple[str, bool]:
         ids, was_cut = first_tokens(text, limit, tokenizer)
-        return (tokenizer.decode(ids) if was_cut else text), was_cut
+        return (tokenizer.decode(ids).rstrip("\ufffd") if was_cut else text), was_cut
 
     return cut
 
 
 def cut_bytes(text: str, limit: int) -> tuple[str, bool]:
     """The first bytes of a text, whole characters only."""
-    raw = text.encode("utf-8", "replace")
+    raw = text.encode()
     return raw[:limit].decode("utf-8", "ignore"), len(raw) > limit
 
 
@@ -246,15 +335,46 @@ def break_control_tokens(text: str) -> str:
     return CONTROL.sub(lambda m: m[0][0] + "\\" + m[0][1:], text)
 
 
-def without_none(body: dict[str, Any]) -> dict[str, Any]:
-    """A request body without unset fields; `args: {temperature: null}` takes one away."""
-    return {name: value for name, value in body.items() if value is not None}
+def well_formed(text: str) -> str:
+    """The text without lone surrogates, which UTF-8 cannot hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
-def one_line(error: Exception) -> str:
-    """An error's first line, cut."""
-    return (
-        f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-        if str(error).strip()
-        else type(error).__name__
-    )
+# -- reading a response
+
+
+def parse(content: bytes) -> Json:
+    """The body of a response."""
+    try:
+        return json.loads(content)
+    except ValueError:
+        raise NoAnswer(f"no JSON in the response {content[:80]!r}") from None
+
+
+def dig(value: Json, *path: str | int) -> Json:
+    """A part of a response; None where the path ends early."""
+    for step in path:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def pairs(listed: Json) -> Pairs:
+    """Tokens with their log-probabilities, listed (chat) or mapped (plain completions); only what is a number."""
+    if not isinstance(listed, dict | list):
+        return []
+    found = listed.items() if isinstance(listed, dict) else [(dig(x, "token"), dig(x, "logprob")) for x in listed]
+    return [(str(token), float(p)) for token, p in found if isinstance(p, int | float) and math.isfinite(p)]
+
+
+def whole(value: Json) -> int:
+    """A count, 0 if there is none."""
+    return value if isinstance(value, int) else 0
+
+
+def retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds to wait as the endpoint names them, 0 if it doesn't."""
+    seconds = headers.get("retry-after", "")
+    return min(float(seconds), LONGEST_PAUSE_S) if re.fullmatch(r"\d+(\.\d+)?", seconds) else 0.0

@@ -1,0 +1,84 @@
+"""Files that are there whole or not at all."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import UserError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ENTRY = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`; synced and renamed to it if the block succeeds, removed if it fails."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full disk, or a folder that cannot be written to, into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*NO_ROOM, *NO_ENTRY):
+            raise
+        why = os.strerror(error.errno).lower()
+        raise UserError(
+            f"cannot write {path}: {why}; make room or give another folder, then run the same command again"
+        ) from None
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def shard_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A writer of a parquet shard with page checksums, which is there whole or not at all."""
+    with (
+        atomic(path) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        yield writer
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a small table whole or not at all."""
+    with shard_writer(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def sweep(folder: Path, keep: set[str] | None = None) -> None:
+    """Remove what killed writers left and, if given, every shard that is not to be kept."""
+    for path in folder.rglob("*"):
+        stale = path.name.startswith(".") and path.name.endswith(".tmp")
+        foreign = keep is not None and path.relative_to(folder).as_posix() not in keep
+        if path.is_file() and (stale or foreign):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,276 @@
+"""kill -9 and Ctrl-C in the middle of the real command: nothing recorded is lost or asked again, same final bytes."""
+
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import endpoint
+import numpy as np
+import pytest
+import stamina
+from endpoint import (
+    Asked,
+    Endpoint,
+    Process,
+    Reply,
+    error,
+    gristmill,
+    one_line,
+    ratings,
+    recipe,
+    score_of,
+    serve,
+    start,
+)
+
+from pipeline import rate, score
+from pipeline.config import Corpus, Encoder, Recipe, Score
+from pipeline.corpus import text_id
+from pipeline.student import Student
+
+CONCURRENCY = 8
+N_SHARDS = 16
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses() -> Iterator[None]:
+    with stamina.set_testing(True, attempts=100, cap=True):
+        yield
+
+
+@pytest.fixture
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Here and in the processes to be killed: threads that wait for each other are slow on a busy machine."""
+    import torch
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+def wait_for(ready: Callable[[], bool], process: Process) -> None:
+    """Until the moment has come, in a process that is still at work."""
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert process.poll() is None, f"ended before its time: {process.communicate()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.003)
+
+
+def kill(process: Process, number: int = signal.SIGKILL) -> tuple[str, str]:
+    """Signal the whole process group; what it had said."""
+    os.killpg(process.pid, number)
+    said = process.communicate(timeout=30)
+    assert process.returncode in (-number, 130)
+    return said
+
+
+def recorded(r: Recipe) -> dict[str, str]:
+    """The answers on disk, as they stand there, by text; read from a copy, so that the store is left as it is."""
+    copy = r.run_folder.parent / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir()
+    for name in ("answers.sqlite", "answers.sqlite-wal"):
+        if (r.run_folder / "rate" / name).exists():
+            shutil.copy(r.run_folder / "rate" / name, copy)
+    with closing(sqlite3.connect(copy / "answers.sqlite")) as db:
+        return {key.split(":")[1]: answer for key, answer in db.execute("SELECT key, answer FROM answers")}
+
+
+def n_recorded(r: Recipe) -> int:
+    """How many answers a run at work has recorded so far."""
+    path = r.run_folder / "rate" / "answers.sqlite"
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+            return int(db.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0
+
+
+def elsewhere(r: Recipe) -> Recipe:
+    """The same recipe with another run folder."""
+    return r.model_copy(update={"run_folder": r.run_folder.with_name("whole")})
+
+
+def same_ratings(r: Recipe) -> bool:
+    """Whether the interrupted run ended with the bytes of the whole one."""
+    made = [x.run_folder / "rate" / "ratings.parquet" for x in (r, elsewhere(r))]
+    return made[0].read_bytes() == made[1].read_bytes()
+
+
+# -- rating at an endpoint
+
+
+def now_and_then_busy(asked: Asked) -> Reply:
+    """Every seventh document is refused at first."""
+    busy = asked.attempt == 1 and int(asked.document[4:]) % 7 == 0
+    return error(429, headers={"retry-after": "0.05"}) if busy else score_of(asked)
+
+
+def names(texts: set[str], n: int) -> set[str]:
+    """doc-<i> of the texts with these digests."""
+    return {f"doc-{i}" for i in range(n) if text_id(f"doc-{i} is a document.") in texts}
+
+
+def kill_rating(r: Recipe, server: Endpoint, n_more: int) -> set[str]:
+    """Kill a run after so many more requests; the documents whose answers were on disk."""
+    until = len(server.asked) + n_more
+    process = start(r)
+    wait_for(lambda: len(server.asked) >= until, process)
+    kill(process)
+    time.sleep(0.15)  # what was on its way to the server is there now
+    return names(set(recorded(r)), r.rate.sample)
+
+
+def asked_since(server: Endpoint, n_before: int) -> set[str]:
+    """The documents of all requests but the first so many."""
+    return {asked.document for asked in server.asked[n_before:]}
+
+
+def test_rating_survives_kill_9_and_asks_again_only_what_was_in_flight(tmp_path: Path) -> None:
+    n, at, n_in_flight = 240, random.Random(0), 0
+    with serve(now_and_then_busy, delay_s=0.01) as server:
+        r = recipe(tmp_path, server.url, n=n, concurrency=CONCURRENCY)
+        known: set[str] = set()
+        for _ in range(4):
+            n_before = len(server.asked)
+            known_before, known = known, kill_rating(r, server, at.randrange(1, 60))
+            assert known_before <= known
+            assert not known_before & asked_since(server, n_before), "recorded, and asked again"
+            in_flight = set(server.attempts()) - known
+            assert len(in_flight) <= CONCURRENCY
+            n_in_flight += len(in_flight)
+        n_before = len(server.asked)
+        done = gristmill(r)
+        assert done.code == 0, done.stderr
+        assert not known & asked_since(server, n_before), "recorded, and asked again"
+        n_repeated = len(server.asked) - n - sum(i % 7 == 0 for i in range(n))
+        print(f"{len(server.asked)} requests, {n_repeated} repeated, {n_in_flight} in flight at 4 kills")
+        assert 0 <= n_repeated <= n_in_flight <= 4 * CONCURRENCY
+        server.delay_s = 0
+        rate.run(elsewhere(r))
+    assert len(ratings(r)) == n
+    assert same_ratings(r)
+
+
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+    with serve(score_of, delay_s=0.02) as server:
+        r = recipe(tmp_path, server.url, n=100, concurrency=CONCURRENCY)
+        process = start(r)
+        wait_for(lambda: len(server.asked) >= 30, process)
+        stdout, stderr = kill(process, signal.SIGINT)
+        known, n_before = names(set(recorded(r)), 100), len(server.asked)
+        assert (process.returncode, stdout) == (130, "")
+        assert stderr.splitlines()[-1].startswith("gristmill: interrupted; everything recorded is kept")
+        assert "Traceback" not in stderr
+        assert "never retrieved" not in stderr
+        result = rate.run(r)
+        again = asked_since(server, n_before)
+    signal.signal(signal.SIGINT, before)
+    assert (result.n_reused, result.n_asked, result.n_scored) == (len(known), 100 - len(known), 100)
+    assert 20 <= len(known) < 100
+    assert not known & again
+    assert n_before - len(known) <= CONCURRENCY
+
+
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with serve(score_of, delay_s=0.05) as server:
+        r = recipe(tmp_path, server.url, n=400, concurrency=1)
+        process = start(r)
+        wait_for(lambda: len(server.asked) >= 3, process)
+        assert one_line(gristmill(r)).startswith("rate: another process is at work in ")
+        assert process.poll() is None
+        kill(process)
+
+
+# -- rating and scoring on this machine
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_rating_on_this_machine_survives_kill_9(tmp_path: Path, tiny_causal: Path, texts: list[str]) -> None:
+    choices = [{"value": 5, "answers": [" educational"]}, {"value": 0, "answers": [" spam"]}]
+    n = 300
+    rows = [{"id": f"id-{i}", "text": f"{i} {texts[i % len(texts)][: 40 + i]}"} for i in range(n)]
+    endpoint.write(tmp_path, rows)
+    r = recipe(
+        tmp_path,
+        "http://127.0.0.1:9/v1",
+        n=n,
+        prompt={"read": "choices", "choices": choices, "answer_start": "This text is"},
+        engine="transformers",
+        model=str(tiny_causal),
+        device="cpu",
+        dtype="float32",
+        document_tokens=64,
+        batch_tokens=1000,
+    )
+    rate.run(elsewhere(r))
+    known: dict[str, str] = {}
+    for n_more in (1, 90):
+        until = len(known) + n_more
+        process = start(r)
+        wait_for(lambda until=until: n_recorded(r) >= until, process)  # type: ignore[misc]
+        kill(process)
+        assert known.items() <= recorded(r).items(), "answers on disk, their seconds included, stay as they are"
+        known = recorded(r)
+        assert until <= len(known) < n
+    result = rate.run(r)
+    assert (result.n_reused, result.n_asked) == (len(known), n - len(known))
+    assert known.items() <= recorded(r).items()
+    assert same_ratings(r)
+
+
+def scored(r: Recipe) -> dict[str, bytes]:
+    """Every file among the scored shards."""
+    folder = r.run_folder / "score" / "scored"
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} if folder.exists() else {}
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_trap_16_scoring_survives_kill_9_with_the_same_bytes_in_every_shard(
+    tmp_path: Path, tiny_encoder: Path, texts: list[str]
+) -> None:
+    for shard in range(N_SHARDS):
+        rows = [{"id": f"{shard}-{i}", "text": f"{shard} {text}"} for i, text in enumerate(texts)]
+        endpoint.write(tmp_path / "shards", rows, f"part-{shard:02d}.parquet")
+    encoder = Encoder(model=str(tiny_encoder), max_tokens=64, dtype="float32", device="cpu")
+    Student(encoder, np.linspace(-2, 2, 32, dtype=np.float32), 2.5, (0, 5)).save(tmp_path / "student")
+    r = Recipe(
+        run_folder=tmp_path / "run",
+        corpus=Corpus(path=str(tmp_path / "shards"), id_column="id"),
+        encoder=encoder,
+        score=Score(student=tmp_path / "student"),
+    )
+    whole = elsewhere(r)
+    score.run(whole)
+    done: dict[str, bytes] = {}
+    for n_more in (0, 3):
+        process = start(r, "score")
+        until = len(done) + n_more
+        wait_for(lambda until=until: in_the_middle(r, until), process)  # type: ignore[misc]
+        kill(process)
+        left = scored(r)
+        assert any(name.endswith(".tmp") for name in left), "killed in the middle of a shard"
+        done = {name: content for name, content in left.items() if not name.endswith(".tmp")}
+        assert until <= len(done) < N_SHARDS
+        assert done.items() <= scored(whole).items(), "what has its name is whole"
+    assert score.run(r).n_shards_reused == len(done)
+    assert scored(r) == scored(whole)
+    assert len(scored(r)) == N_SHARDS
+
+
+def in_the_middle(r: Recipe, n_done: int) -> bool:
+    """Whether so many shards are done and another is being written."""
+    files = [path.name for path in (r.run_folder / "score").glob("scored/*")]
+    files += [path.name for path in (r.run_folder / "score").glob("scored/.*.tmp")]
+    temporary = {name for name in files if name.endswith(".tmp")}
+    return bool(temporary) and len(set(files) - temporary) >= n_done
