@@ -247,5 +247,7 @@ SINKS = {"parquet": parquet_sink, "jsonl": jsonl_sink}
 
 def write_lines(file: IO[str], batch: pa.RecordBatch) -> None:
     """Rows as JSON lines; what JSON has no form for (times, decimals) as text."""
-    for row in batch.to_pylist():
-        file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    columns = [corpus.decoded(column)[0] for column in batch.columns]
+    for row in zip(*columns, strict=True):
+        named = dict(zip(batch.schema.names, row, strict=True))
+        file.write(json.dumps(named, ensure_ascii=False, default=str) + "\n")

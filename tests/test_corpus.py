@@ -585,7 +585,7 @@ def test_a_text_in_several_strata_is_drawn_once_and_the_size_is_still_exact(tmp_
     assert len(texts) == len(set(texts)) == 30
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     groups=st.lists(st.integers(0, 30), min_size=1, max_size=8),
     size=st.integers(1, 60),

@@ -28,7 +28,7 @@ from endpoint import (
     serve,
     start,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import rate
@@ -203,7 +203,6 @@ def test_a_document_cannot_leave_its_place(tmp_path: Path) -> None:
     assert shown.endswith("</text>\n\nEnd with Score: and a number from 0 to 5.")
 
 
-@settings(deadline=None)
 @given(st.text(alphabet="<|>[]/sINTim_ao｜", max_size=40))
 def test_no_control_token_survives(text: str) -> None:
     assert openai.CONTROL.search(openai.break_control_tokens(text)) is None

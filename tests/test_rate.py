@@ -30,7 +30,7 @@ from endpoint import (
     serve,
     write,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import rate, teacher
@@ -160,7 +160,6 @@ def test_a_store_with_torn_pages_is_one_line(tmp_path: Path) -> None:
 LOG_PROBS = st.floats(max_value=0, allow_nan=False)
 
 
-@settings(deadline=None)
 @given(
     st.builds(
         Answer,
