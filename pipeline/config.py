@@ -78,7 +78,7 @@ class Teacher(Settings):
     """Precision of a local teacher; auto is bfloat16 where the hardware multiplies it and float32 elsewhere."""
     batch_tokens: Annotated[Count, OPERATIONAL] = 8192
     """Tokens in one batch of a local teacher, padding and room for the answer included."""
-    base_url: str | None = None
+    base_url: Annotated[str | None, OPERATIONAL] = None
     """Endpoint, such as http://localhost:8000/v1; without it OpenAI's own."""
     api_key_env: Annotated[str, OPERATIONAL] = "OPENAI_API_KEY"
     """Name of the environment variable that holds the endpoint's key; the key itself is never written anywhere."""
@@ -87,7 +87,7 @@ class Teacher(Settings):
     one."""
     top_logprobs: Annotated[int, Field(ge=1, le=1000)] = 20
     """How many likeliest tokens an endpoint is asked for (prompts that compare choices)."""
-    concurrency: Annotated[Count, OPERATIONAL] = 16
+    concurrency: Annotated[int, Field(ge=1, le=1000), OPERATIONAL] = 16
     """Requests in flight at an endpoint."""
     timeout_s: Annotated[float, Field(gt=0), OPERATIONAL] = 120
     """Seconds before one request to an endpoint counts as failed."""

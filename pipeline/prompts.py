@@ -86,6 +86,8 @@ class Prompt(Settings):
             raise ValueError(f"the text has {places} places for the document; write {{{{ text }}}} exactly once")
         if not self.scale[0] < self.scale[1]:
             raise ValueError(f"scale {list(self.scale)} must rise")
+        if self.scale[0] < -128 or self.scale[1] > 127:
+            raise ValueError(f"scale {list(self.scale)} leaves -128 to 127, where int_score is stored in one byte")
         checks = {"generate": check_pattern, "choices": check_choices, "label": check_labels}
         checks[self.read](self)
         return self

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.config import Recipe, to_yaml
 from pipeline.errors import UserError, needs
@@ -52,11 +52,20 @@ class Stage:
         done = read_json(self.folder / "result.json")
         if done is not None and before == self.inputs and not (redo and done.get("n_failed")):
             log.info("%s: done already, skipped", self.name)
-            return kind.model_validate(done)
+            return self.read_result(kind, done)
         (self.folder / "result.json").unlink(missing_ok=True)
         write_text(self.folder / "inputs.json", dump(self.inputs))
         write_text(self.recipe.run_folder / "recipe.yaml", to_yaml(self.recipe))
         return None
+
+    def read_result(self, kind: type[AnyResult], done: dict[str, Any]) -> AnyResult:
+        """A stored result, if this version wrote it."""
+        try:
+            return kind.model_validate(done)
+        except ValidationError:
+            raise UserError(
+                f"{self.folder / 'result.json'} was written by another version; remove it and run the stage again"
+            ) from None
 
     def finish(self, result: AnyResult) -> AnyResult:
         """Write the result, and its numbers to the metrics."""

@@ -110,6 +110,16 @@ def test_a_changed_seed_goes_through_all_stages(recipe_file: Path, capsys: pytes
     assert first["train"] != second["train"]
 
 
+def test_a_result_of_another_version_is_refused(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run(capsys, "rate", recipe_file)
+    result = tmp_path / "run" / "rate" / "result.json"
+    result.write_text(result.read_text().replace('"n_scored"', '"n_rated"'))
+    code, _, err = run(capsys, "rate", recipe_file)
+    assert code == 1 and "result.json was written by another version; remove it" in last_line(err)
+    result.unlink()
+    assert json.loads(run(capsys, "rate", recipe_file)[1])["rate"]["n_asked"] == 0
+
+
 def test_status_tells_what_is_done(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run(capsys, "rate", recipe_file)
     code, out, _ = run(capsys, "status", tmp_path / "run")

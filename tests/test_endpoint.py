@@ -223,6 +223,17 @@ def test_a_long_document_is_cut_by_bytes_and_the_rubric_stays_whole(tmp_path: Pa
     assert all(row["was_cut"] for row in ratings(r).values())
 
 
+def test_guards_do_not_make_a_document_longer_than_allowed(tmp_path: Path) -> None:
+    corpus(tmp_path, 3, "<s>" * 13)
+    with serve(score_of) as server:
+        r = recipe(tmp_path, server.url, n=3, document_tokens=16)
+        assert rate.run(r).n_cut == 3
+    before, after = GENERATE.split("{{ text }}")
+    document = server.asked[0].shown.removeprefix(before).removesuffix(after).removesuffix(" […]")
+    assert len(document.encode()) == 64
+    assert document.startswith(f"{server.asked[0].document} is a document.<\\s><\\s>")
+
+
 def test_a_document_is_cut_by_tokens_where_the_tokenizer_is_known(tmp_path: Path, tiny_causal: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -436,12 +447,25 @@ def test_trap_04_answers_without_a_score_never_vanish(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_wrong_key_or_model_stops_at_once(tmp_path: Path, status: int) -> None:
-    with serve(lambda _: error(status, "who are you?"), delay_s=0.02) as server:
+    """And waits for no other request."""
+    begin = time.monotonic()
+    with serve(lambda asked: endpoint.stall if asked.n == 1 else error(status, "who are you?")) as server:
         r = recipe(tmp_path, server.url, n=50, concurrency=3)
         with pytest.raises(UserError, match=r"refuses .*who are you\?.*check --teacher.model") as stopped:
             rate.run(r)
     assert "\n" not in str(stopped.value)
     assert server.attempts().total() <= 3
+    assert time.monotonic() - begin < 10, "the stalled one would take 20 s"
+
+
+@pytest.mark.parametrize("time_", range(4))
+def test_nothing_is_asked_after_a_stop(tmp_path: Path, time_: int) -> None:
+    """Not even where an answer arrives with the cancellation, which before Python 3.12 then goes unnoticed."""
+    with serve(lambda asked: error(401) if asked.n == 11 else score_of(asked)) as server:
+        r = recipe(tmp_path, server.url, n=60, concurrency=2)
+        with pytest.raises(UserError, match="refuses"):
+            rate.run(r)
+    assert server.attempts().total() <= 13
 
 
 def test_trap_02_a_refused_key_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
@@ -555,13 +579,13 @@ def test_tokens_of_one_spelling_count_together(tmp_path: Path) -> None:
 
 def test_a_log_probability_that_is_no_number_is_none(tmp_path: Path) -> None:
     def script(asked: Asked) -> Reply:
-        odd = {"doc-1": {" good": math.nan, " bad": None}, "doc-2": {" good": math.inf}}
+        odd = {"doc-1": {" good": math.nan, " bad": None}, "doc-2": {" good": math.inf}, "doc-3": {" good": 800.0}}
         return likes(odd.get(asked.document, HALF))  # type: ignore[arg-type]
 
     with serve(script) as server:
         r = recipe(tmp_path, server.url, prompt=CHOICES)
         result = rate.run(r)
-    assert result.unscored == {"no_score": 2}
+    assert result.unscored == {"no_score": 3}
     assert (ratings(r)["id-1"]["score"], ratings(r)["id-1"]["mass"]) == (None, 0.0)
 
 

@@ -66,6 +66,7 @@ ERRORS = [
     ("read: generate", "Rate this.", "0 places for the document; write {{ text }} exactly once"),
     ("read: generate", "{{ text }} {{text}}", "2 places for the document"),
     ("read: generate\nscale: [5, 0]", "{{ text }}", "scale [5.0, 0.0] must rise"),
+    ("read: generate\nscale: [0, 1000]", "{{ text }}", "leaves -128 to 127, where int_score is stored in one byte"),
     ("read: generate\nscale: [0, .inf]", "{{ text }}", "scale.1: Input should be a finite number"),
     ("read: generate\npattern: 'score: (\\d)'", "{{ text }}", "has no {number}"),
     ("read: generate\npattern: '({number}'", "{{ text }}", "is no regular expression"),

@@ -33,6 +33,9 @@ before the prompt counts as wrong."""
 CONNECT_S = 10.0
 LONGEST_PAUSE_S = 120.0
 
+ROUNDING = 0.01
+"""Log-probabilities that are larger are none."""
+
 PASSING = {408, 409, 425, 429}
 """Statuses that pass, beside those from 500 on: the request is sent again."""
 
@@ -362,11 +365,11 @@ def dig(value: Json, *path: str | int) -> Json:
 
 
 def pairs(listed: Json) -> Pairs:
-    """Tokens with their log-probabilities, listed (chat) or mapped (plain completions); only what is a number."""
+    """Tokens with their log-probabilities, listed (chat) or mapped (plain completions)."""
     if not isinstance(listed, dict | list):
         return []
     found = listed.items() if isinstance(listed, dict) else [(dig(x, "token"), dig(x, "logprob")) for x in listed]
-    return [(str(token), float(p)) for token, p in found if isinstance(p, int | float) and math.isfinite(p)]
+    return [(str(token), float(p)) for token, p in found if isinstance(p, int | float) and p <= ROUNDING]
 
 
 def whole(value: Json) -> int:
