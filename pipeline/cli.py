@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from pipeline import __version__, config
 from pipeline.config import Common, Recipe, Settings
-from pipeline.errors import SettingsError, UserError
+from pipeline.errors import SettingsError, UserError, required
 
 log = logging.getLogger("gristmill")
 
@@ -157,13 +157,14 @@ def execute(stages: Sequence[str], path: Path | None, given: dict[str, Any], how
 
 def check_ahead(recipe: Recipe) -> None:
     """Find what would stop a later stage before the first token is paid for."""
-    from pipeline import filter, models, score
+    from pipeline import filter, models, prompts, score, train
     from pipeline.shards import find_shards
 
     filter.check_one_cut(recipe.filter)
     models.locate(recipe.encoder.model, "encoder.model")
-    for shard in find_shards(recipe.corpus):
-        score.check_columns(shard, recipe)
+    prompt = prompts.load(required(recipe.rate.prompt, "rate.prompt", "prompts/edu-en.md"))
+    train.check_good_from(train.good_from(recipe, prompt.scale), prompt.scale)
+    score.check_columns(find_shards(recipe.corpus), recipe)
 
 
 def answer(values: dict[str, Any], how: How, show: Callable[[dict[str, Any]], None]) -> None:

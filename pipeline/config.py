@@ -38,6 +38,8 @@ class Corpus(Settings):
     or a Hub dataset name."""
     subset: str | None = None
     """Configuration of a Hub dataset."""
+    revision: str | None = None
+    """Revision of a Hub dataset."""
     split: str = "train"
     """Split of a Hub dataset or of a saved DatasetDict."""
     text_column: str = "text"
@@ -107,7 +109,7 @@ class Rate(Settings):
     gold_column: str | None = None
     """Column with a known quality (true/false or a number), to measure teacher and student against; never shown to
     them."""
-    max_unscored_rate: Annotated[float, Field(ge=0, le=1)] = 0.5
+    max_unscored_rate: Annotated[float, Field(ge=0, le=1), OPERATIONAL] = 0.5
     """Stop if a larger share of the sample ends without a score."""
 
 

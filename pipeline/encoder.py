@@ -35,6 +35,8 @@ class Encoder:
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().split("\n")[0][:200]
             raise UserError(f"encoder.model: {settings.model} cannot be loaded ({reason})") from None
+        if not hasattr(self.model[0], "auto_model"):
+            raise UserError(f"encoder.model: {settings.model} is no transformer; choose one that is")
         self.tokenizer: Any = self.model.tokenizer
         self.max_tokens = self.context(settings.max_tokens)
 
@@ -47,11 +49,11 @@ class Encoder:
     @property
     def revision(self) -> str | None:
         """The Hub commit that was loaded, where there is one."""
-        return self.settings.revision or getattr(self.model[0].auto_model.config, "_commit_hash", None)
+        return getattr(self.model[0].auto_model.config, "_commit_hash", None) or self.settings.revision
 
     def embed(self, texts: Sequence[str], step: Callable[[int], None] = lambda _: None) -> tuple[Embeddings, int]:
         """Embeddings (n_texts, dim) in the order given, and how many texts were cut. `step` hears of progress."""
-        ids, n_cut = self.tokenise(texts)
+        ids, n_truncated = self.tokenise(texts)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         embeddings: Embeddings | None = None
         for batch in self.batches(order, ids):
@@ -59,17 +61,18 @@ class Encoder:
             embeddings = np.empty((len(ids), rows.shape[1]), np.float32) if embeddings is None else embeddings
             embeddings[batch] = rows
             step(len(batch))
-        return (np.empty((0, 0), np.float32) if embeddings is None else embeddings), n_cut
+        return (np.empty((0, 0), np.float32) if embeddings is None else embeddings), n_truncated
 
     def tokenise(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
         """Token ids of each text with the encoder's special tokens, and how many texts were cut."""
         room = self.max_tokens - self.tokenizer.num_special_tokens_to_add()
         pieces = [models.cut_at_space(text, 64 * room) for text in texts]
         ids = self.tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] if pieces else []
-        cut = [False] * len(texts)
+        cut = [len(row) > room for row in ids]
         for i, text in enumerate(texts):
-            if len(ids[i]) > room or len(pieces[i]) < len(text):
-                ids[i], cut[i] = models.first_tokens(text, room, self.tokenizer, verbose=False)
+            if len(pieces[i]) < len(text) and len(ids[i]) <= room + models.CUT_REACHES:
+                ids[i], cut[i] = models.first_tokens(text, room, self.tokenizer)
+        ids = [row[:room] for row in ids]
         before, after = self.around
         return [before + row + after for row in ids], sum(cut)
 
@@ -99,4 +102,7 @@ class Encoder:
         device = self.model.device
         with self.torch.inference_mode():
             pooled = self.model({"input_ids": padded.to(device), "attention_mask": mask.to(device)})
-        return pooled["sentence_embedding"].float().cpu().numpy()  # type: ignore[no-any-return]
+        rows: Embeddings = pooled["sentence_embedding"].float().cpu().numpy()
+        if not np.isfinite(rows).all():
+            raise UserError(f"encoder {self.settings.model} gives NaN; use encoder.dtype float32")
+        return rows

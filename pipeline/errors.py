@@ -18,7 +18,7 @@ class SettingsError(UserError):
 def required(value: T | None, setting: str, example: str) -> T:
     """The value of a setting that this stage cannot do without."""
     if value is None:
-        raise UserError(f"{setting} is not set; give it in the recipe or as --{setting.replace('_', '-')} {example}")
+        raise UserError(f"{setting} is not set; give it in the recipe or as a flag, such as {example}")
     return value
 
 

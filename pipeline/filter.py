@@ -1,8 +1,10 @@
 """Stage 4: the best documents are kept, and every dropped one is counted."""
 
+import base64
 import heapq
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +20,7 @@ from pipeline.config import Recipe
 from pipeline.errors import UserError
 from pipeline.formats import check_column
 from pipeline.shards import Counts, Shard, find_shards, fingerprint
-from pipeline.tracking import Result, progress, stage, upstream
+from pipeline.tracking import Result, progress, read_json, stage, upstream
 
 log = logging.getLogger("gristmill")
 
@@ -59,8 +61,11 @@ def run(recipe: Recipe, redo: bool = False) -> FilterResult:
     """Choose the cut, then write each shard's rows to the kept corpus or aside."""
     check_one_cut(recipe.filter)
     folder = upstream(recipe.filter.scored, recipe, "score/scored", "filter")
+    if folder.resolve().is_relative_to((recipe.run_folder / "filter").resolve()):
+        raise UserError(f"filter.scored: {folder} is where this run's kept corpus goes; give another run_folder")
     scored = config.Corpus(path=str(folder), text_column=recipe.corpus.text_column)
     found = find_shards(scored)
+    check_complete(recipe, found)
     with stage("filter", recipe, inputs(recipe, found)) as work:
         done = work.finished(FilterResult, redo)
         if done:
@@ -68,22 +73,30 @@ def run(recipe: Recipe, redo: bool = False) -> FilterResult:
         for side in ("kept", "dropped"):
             storage.sweep(work.folder / side, keep=set())
         rule = choose_rule(recipe.filter, scored, found)
-        tally: Counter[str] = Counter()
+        counts, tally = Counts(), Counter[str]()
         examples: Examples = {"kept": [], "dropped": []}
         with progress("filter", corpus.n_rows(found)) as step:
             for shard in found:
-                of_shard = write_shard(shard, scored, recipe, rule, work.folder, examples)
-                step(of_shard.total())
-                tally += of_shard
-        return work.finish(summarise(tally, corpus.n_rows(found), examples, rule.cut, work.seconds))
+                before = counts.n_rows
+                tally += write_shard(shard, scored, recipe, rule, work.folder, examples, counts)
+                step(counts.n_rows - before)
+        return work.finish(summarise(tally, counts.n_rows, examples, rule.cut, work.seconds))
 
 
 def check_one_cut(settings: config.Filter) -> None:
     """Exactly one way to choose must be given."""
     given = [name for name in config.CUTS if getattr(settings, name) is not None]
     if len(given) != 1:
-        said = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "none"
-        raise UserError(f"filter: give one of --min-score, --min-int-score and --keep-share; given: {said}")
+        said = " and ".join(given) or "none"
+        raise UserError(f"filter: give one of min_score, min_int_score and keep_share; given: {said}")
+
+
+def check_complete(recipe: Recipe, found: list[Shard]) -> None:
+    """Refuse this run's scored corpus when shards of it are gone."""
+    scored = {} if recipe.filter.scored else read_json(recipe.run_folder / "score" / "inputs.json") or {}
+    missing = sorted(scored.get("shards", {}).keys() - {shard.name for shard in found})
+    if missing:
+        raise UserError(f"filter: {missing[0]} is missing from the scored corpus; run gristmill score again")
 
 
 def inputs(recipe: Recipe, found: list[Shard]) -> dict[str, Any]:
@@ -147,7 +160,13 @@ def from_top(counts: NDArray[np.int64], n: int) -> tuple[int, int]:
 
 
 def write_shard(
-    shard: Shard, scored: config.Corpus, recipe: Recipe, rule: Rule, folder: Path, examples: Examples
+    shard: Shard,
+    scored: config.Corpus,
+    recipe: Recipe,
+    rule: Rule,
+    folder: Path,
+    examples: Examples,
+    counts: Counts,
 ) -> Counter[str]:
     """Send each row of a scored shard to the kept corpus or aside; returns what became of them."""
     schema = corpus.read_schema(shard, scored)
@@ -157,7 +176,7 @@ def write_shard(
         keep = files.enter_context(sink(folder / "kept" / shard.name, schema))
         aside = folder / "dropped" / shard.name
         drop = files.enter_context(sink(aside, schema.append(REASON))) if recipe.filter.keep_dropped else None
-        for batch in corpus.read(shard, scored, Counts()):
+        for batch in corpus.read(shard, scored, counts):
             reasons = reasons_to_drop(batch, rule)
             kept = np.array([reason is None for reason in reasons], dtype=bool)
             tally.update(reason or "kept" for reason in reasons)
@@ -170,7 +189,7 @@ def write_shard(
 
 def reasons_to_drop(batch: pa.RecordBatch, rule: Rule) -> list[str | None]:
     """Why each row is dropped; None for one that is kept."""
-    values = batch.column(rule.column).to_pylist()
+    values = batch.column(rule.column).cast(pa.float32()).to_pylist()
     return ["no_text" if v is None else f"{rule.column}_below_cut" if not v >= rule.cut else None for v in values]
 
 
@@ -201,11 +220,13 @@ def remember(
             heapq.heappop(heap)
 
 
-def summarise(tally: Counter[str], n_rows: int | None, examples: Examples, cut: float, seconds: float) -> FilterResult:
+def summarise(tally: Counter[str], n_rows: int, examples: Examples, cut: float, seconds: float) -> FilterResult:
     """Counts over all shards; every row must be kept or dropped."""
     n_kept = tally.pop("kept", 0)
     n_dropped = sum(tally.values())
     assert n_rows == n_kept + n_dropped, f"{n_rows} rows in, {n_kept} + {n_dropped} out"
+    if not n_kept:
+        log.warning("filter: nothing reaches %g, so nothing is kept", cut)
     shown = {
         side: [{"score": round(score, 3), "text": text} for _, score, text in sorted(heap, reverse=True)]
         for side, heap in examples.items()
@@ -250,4 +271,15 @@ def write_lines(file: IO[str], batch: pa.RecordBatch) -> None:
     columns = [corpus.decoded(column)[0] for column in batch.columns]
     for row in zip(*columns, strict=True):
         named = dict(zip(batch.schema.names, row, strict=True))
-        file.write(json.dumps(named, ensure_ascii=False, default=str) + "\n")
+        file.write(json.dumps(plain(named), ensure_ascii=False, default=str) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: bytes as base64, NaN and infinity as null."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -226,7 +226,7 @@ def has_empty_object(kind: pa.DataType) -> bool:
 
 def read_hub(shard: Shard, corpus: Corpus, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
     """Stream one shard of a Hub dataset."""
-    dataset = load_hub_dataset(corpus.path, corpus.subset, corpus.split)
+    dataset = load_hub_dataset(corpus)
     part = dataset.shard(num_shards=dataset.num_shards, index=shard.part).with_format("arrow")
     tables = part.iter(batch_size=BATCH_ROWS)
     yield from in_pieces((batch for table in tables for batch in table.to_batches()), shard, columns)
@@ -234,7 +234,7 @@ def read_hub(shard: Shard, corpus: Corpus, columns: list[str] | None) -> Iterato
 
 def hub_schema(_: Shard, corpus: Corpus) -> pa.Schema | None:
     """The schema of a Hub dataset, if it is known without reading (JSON lines do not say)."""
-    features = load_hub_dataset(corpus.path, corpus.subset, corpus.split).features
+    features = load_hub_dataset(corpus).features
     return features.arrow_schema if features else None
 
 

@@ -62,11 +62,18 @@ def best_cut(truth: Bools, predicted: Floats) -> float:
     return float((ranked[best] + below) / 2)
 
 
-def against_gold(scores: Floats, gold: Sequence[float | None]) -> dict[str, float | int | None]:
-    """Agreement with a known quality: AUC where that is true/false, Spearman where it is a number."""
+def is_binary(gold: Sequence[float | None]) -> bool:
+    """Whether a known quality is true/false."""
+    return {value for value in gold if value is not None} <= {0.0, 1.0}
+
+
+def against_gold(scores: Floats, gold: Sequence[float | None], binary: bool) -> dict[str, float | int | None] | None:
+    """Agreement with a known quality: AUC where that is true/false, else Spearman; None where nothing is known."""
     known = np.array([value is not None for value in gold], dtype=bool)
     truth = np.array([value for value in gold if value is not None], dtype=np.float64)
-    if set(truth.tolist()) <= {0.0, 1.0}:
+    if not known.any():
+        return None
+    if binary:
         return {"n": len(truth), "auc": auc(truth == 1.0, scores[known])}
     return {"n": len(truth), "spearman": spearman(truth, scores[known])}
 

@@ -86,8 +86,8 @@ class Prompt(Settings):
             raise ValueError(f"the text has {places} places for the document; write {{{{ text }}}} exactly once")
         if not self.scale[0] < self.scale[1]:
             raise ValueError(f"scale {list(self.scale)} must rise")
-        if self.scale[0] < -128 or self.scale[1] > 127:
-            raise ValueError(f"scale {list(self.scale)} leaves -128 to 127, where int_score is stored in one byte")
+        if self.scale[0] < -128 or self.scale[1] > 127 or math.ceil(self.scale[0]) > math.floor(self.scale[1]):
+            raise ValueError(f"scale {list(self.scale)} needs a whole number and must stay in -128 to 127 (int_score)")
         checks = {"generate": check_pattern, "choices": check_choices, "label": check_labels}
         checks[self.read](self)
         return self
@@ -102,7 +102,7 @@ class Prompt(Settings):
         """Fingerprint of what the teacher sees: an answer is good for as long as this stays the same, whatever is
         changed about how it is read."""
         asked = self.model_dump(mode="json", include={"body", "system", "answer_start", "chat", "labels"})
-        return digest({**asked, "candidates": sorted(self.candidates)})
+        return digest({**asked, "candidates": sorted(sorted(choice.answers) for choice in self.choices)})
 
     @property
     def candidates(self) -> tuple[str, ...]:
@@ -265,7 +265,7 @@ def read_choices(prompt: Prompt, log_probs: dict[str, float]) -> Reading:
     """The score in the candidates' log-probabilities (natural, over the full vocabulary).
 
     Normalised: sum of value x p / sum of p. Raw: sum of value x p, P(yes) of Ask-LLM (arXiv:2402.09668). With a line:
-    offset + slope x log-odds, clipped to the scale.
+    offset + slope x log-odds, clipped to the scale; no score where an endpoint did not show one of the sides.
     """
     groups = [(choice.value, log_sum_exp([log_probs[a] for a in choice.answers])) for choice in prompt.choices]
     total = log_sum_exp([log_p for _, log_p in groups])
@@ -276,7 +276,10 @@ def read_choices(prompt: Prompt, log_probs: dict[str, float]) -> Reading:
     mass = math.exp(total)
     score = sum(value * p for value, p in shares) * (1 if prompt.normalise else mass)
     if prompt.line is not None:
-        score = prompt.line.offset + prompt.line.slope * log_odds(groups)
+        odds = log_odds(groups)
+        if not math.isfinite(odds):
+            return Reading(None, "no_score", mass, entropy)
+        score = prompt.line.offset + prompt.line.slope * odds
     return Reading(clip(score, prompt.scale), None, mass, entropy)
 
 

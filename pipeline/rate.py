@@ -21,6 +21,8 @@ log = logging.getLogger("gristmill")
 class RateResult(Result):
     """What stage 1 did. Rates are shares of the sample; `mass` is the mean probability of all candidates."""
 
+    n_failed: int
+    """Documents whose request failed; --redo asks again about them."""
     n_rows: int
     n_empty: int
     n_bad_rows: int
@@ -31,7 +33,7 @@ class RateResult(Result):
     n_scored: int
     n_asked: int
     n_reused: int
-    n_cut: int
+    n_truncated: int
     unscored: dict[str, int]
     unscored_rate: float
     int_score_counts: dict[str, int]
@@ -128,7 +130,7 @@ def summarise(
     unscored = Counter(str(reading.reason) for reading in readings if reading.reason)
     masses = [reading.mass for reading in readings if reading.mass is not None]
     ints = Counter(metrics.int_scores(scores, prompt.scale).tolist())
-    has_gold = work.recipe.rate.gold_column is not None
+    gold = [documents[i].gold for i in scored]
     n_not_drawn = counts.n_rows - counts.n_empty - counts.n_bad_rows - len(documents)
     assert len(documents) == len(scored) + unscored.total(), "every sampled document has a score or a reason"
     assert n_not_drawn >= 0, f"{counts.n_rows} rows in, {-n_not_drawn} too many accounted for"
@@ -144,7 +146,7 @@ def summarise(
         n_scored=len(scored),
         n_asked=n_asked,
         n_reused=len(documents) - n_asked,
-        n_cut=sum(answer.was_cut for answer in answers),
+        n_truncated=sum(answer.was_truncated for answer in answers),
         unscored=dict(unscored),
         unscored_rate=1 - len(scored) / len(documents),
         int_score_counts={str(value): ints[value] for value in sorted(ints)},
@@ -153,7 +155,7 @@ def summarise(
         prompt_tokens=sum(answer.prompt_tokens for answer in answers),
         answer_tokens=sum(answer.answer_tokens for answer in answers),
         docs_per_s=n_asked / work.seconds if n_asked else None,
-        gold=metrics.against_gold(scores, [documents[i].gold for i in scored]) if has_gold else None,
+        gold=metrics.against_gold(scores, gold, metrics.is_binary(gold)),
     )
 
 

@@ -37,14 +37,12 @@ class ScoreResult(Result):
     n_empty: int
     n_bad_rows: int
     n_repaired_texts: int
-    n_cut: int
+    n_truncated: int
     """Documents longer than the encoder reads; only their beginning was judged."""
     n_shards: int
     n_shards_reused: int
     int_score_counts: dict[str, int]
     docs_per_s: float | None
-    shards: str
-    """Fingerprint of all shards together."""
 
 
 def run(recipe: Recipe, redo: bool = False) -> ScoreResult:
@@ -53,23 +51,20 @@ def run(recipe: Recipe, redo: bool = False) -> ScoreResult:
     found = find_shards(recipe.corpus)
     made_from = inputs(recipe, student, found)
     with stage("score", recipe, made_from) as work:
-        done = work.finished(ScoreResult, redo)
-        if done:
-            return done
-        for shard in found:
-            check_columns(shard, recipe)
         out = work.folder / "scored"
-        storage.sweep(out, keep={shard.name for shard in found})
         prints = {shard: digest([made_from["settings"], made_from["shards"][shard.name]]) for shard in found}
         tallies = {shard: tally_of(out / shard.name, prints[shard]) for shard in found}
-        n_reused = sum(tally is not None for tally in tallies.values())
-        with progress("score", corpus.n_rows(shard for shard in found if tallies[shard] is None)) as step:
-            for shard in found:
-                if tallies[shard] is None:
-                    tallies[shard] = score_shard(shard, recipe, student, out / shard.name, prints[shard], step)
-        return work.finish(
-            summarise([tally for tally in tallies.values() if tally], n_reused, made_from, work.seconds)
-        )
+        done = work.finished(ScoreResult, redo)
+        if done and None not in tallies.values():
+            return done
+        check_columns(found, recipe)
+        storage.sweep(out, keep={shard.name for shard in found})
+        todo = [shard for shard in found if tallies[shard] is None]
+        with progress("score", corpus.n_rows(todo)) as step:
+            for shard in todo:
+                tallies[shard] = score_shard(shard, recipe, student, out / shard.name, prints[shard], step)
+        counted = [tally for tally in tallies.values() if tally is not None]
+        return work.finish(summarise(counted, len(found) - len(todo), made_from, work.seconds))
 
 
 def inputs(recipe: Recipe, student: Student, found: list[Shard]) -> dict[str, Any]:
@@ -117,13 +112,13 @@ def score_batch(
 ) -> pa.RecordBatch:
     """The batch with its score columns; empty texts get null."""
     full = [i for i, text in enumerate(texts) if not corpus.is_empty(text)]
-    found, n_cut = student.score_counted([texts[i] or "" for i in full], step)
+    found, n_truncated = student.score_counted([texts[i] or "" for i in full], step)
     scores = np.zeros(len(texts), np.float32)
     scores[full] = found
     null = np.ones(len(texts), dtype=bool)
     null[full] = False
     ints = student.int_score(scores)
-    tally.update(n_scored=len(full), n_empty=len(texts) - len(full), n_cut=n_cut)
+    tally.update(n_scored=len(full), n_empty=len(texts) - len(full), n_truncated=n_truncated)
     tally.update(f"int_score {value}" for value in ints[full].tolist())
     step(len(texts) - len(full))
     added = [pa.array(scores, pa.float32(), mask=null), pa.array(ints, pa.int8(), mask=null)]
@@ -141,12 +136,14 @@ def summarise(tallies: list[Counter[str]], n_reused: int, made_from: dict[str, A
     ints = sorted((int(name.split()[1]), count) for name, count in total.items() if name.startswith("int_score "))
     return ScoreResult(
         seconds=seconds,
-        **{name: total[name] for name in ("n_rows", "n_scored", "n_empty", "n_bad_rows", "n_repaired_texts", "n_cut")},
+        **{
+            name: total[name]
+            for name in ("n_rows", "n_scored", "n_empty", "n_bad_rows", "n_repaired_texts", "n_truncated")
+        },
         n_shards=len(tallies),
         n_shards_reused=n_reused,
         int_score_counts={str(value): count for value, count in ints},
         docs_per_s=total["n_rows"] / seconds if not n_reused else None,
-        shards=digest(made_from),
     )
 
 
@@ -166,22 +163,24 @@ def tally_of(path: Path, fingerprint: str) -> Counter[str] | None:
 # -- schema -----------------------------------------------------------------------------------------------------------
 
 
-def check_columns(shard: Shard, recipe: Recipe) -> None:
-    """Refuse, before anything is scored, a shard whose head shows no text column or with columns of our names."""
-    if shard.format not in ("parquet", "arrow"):
-        return
-    schema = corpus.read_schema(shard, recipe.corpus)
-    check_column(schema, recipe.corpus.text_column, shard)
-    refuse_existing(schema, shard, recipe)
+def check_columns(found: list[Shard], recipe: Recipe) -> None:
+    """Refuse, before anything is scored, shards without text or with columns of our names, as far as their heads
+    tell; of JSON lines the first shard's beginning is looked at."""
+    for shard in found:
+        if shard.format == "jsonl":
+            first = next(corpus.read(shard, recipe.corpus, Counts()), None)
+            refuse_existing(first.schema if first is not None else pa.schema([]), shard, recipe)
+            return
+        schema = corpus.read_schema(shard, recipe.corpus)
+        check_column(schema, recipe.corpus.text_column, shard)
+        refuse_existing(schema, shard, recipe)
 
 
 def refuse_existing(schema: pa.Schema, shard: Shard, recipe: Recipe) -> None:
     """A column called score that is already there is never silently doubled or lost."""
     taken = [name for name in COLUMNS if name in schema.names]
     if taken and not recipe.score.replace_existing:
-        raise UserError(
-            f"{shard.source} already has a column {taken[0]!r}; replace it with --score.replace-existing, or rename it"
-        )
+        raise UserError(f"{shard.source} already has a column {taken[0]!r}; set score.replace_existing, or rename it")
 
 
 def scored_schema(schema: pa.Schema) -> pa.Schema:

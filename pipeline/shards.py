@@ -23,6 +23,8 @@ SUFFIXES = {
     ".feather": "arrow",
     **{stem + pack: "jsonl" for stem in (".jsonl", ".ndjson", ".json") for pack in ("", ".gz", ".zst")},
 }
+NOTES = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
+"""Files of `datasets` that lie beside the data."""
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 REMOTE = {"aiohttp", "azure", "botocore", "datasets", "gcsfs", "google", "httpx", "huggingface_hub", "requests"}
 """Packages whose exceptions say that something out there did not answer."""
@@ -87,8 +89,7 @@ def folder_files(fs: Any, root: str, corpus: Corpus) -> tuple[list[str], str]:
     parts = note(fs, f"{root}/state.json").get("_data_files")
     if parts is not None:
         return [f"{root}/{part['filename']}" for part in parts], root
-    files = visible(fs.find(root), root)
-    return [file for file in files if not file.lower().endswith(".json")] or files, root
+    return [file for file in visible(fs.find(root), root) if file.rpartition("/")[2] not in NOTES], root
 
 
 def note(fs: Any, path: str) -> dict[str, Any]:
@@ -127,6 +128,8 @@ def name_shards(fs: Any, files: list[str], base: str, path: str) -> list[Shard]:
 def filesystem(path: str) -> tuple[Any, str]:
     """The fsspec filesystem of a path or URL, and the path on it."""
     protocol = path.split("://")[0]
+    if re.match(r"\w+://[^/]*@", path):
+        raise UserError("corpus.path: a URL must not hold a password; leave it to the environment of its store")
     if "::" in path:
         raise UserError(f"corpus.path: {path} is a chain of filesystems, which is not understood; unpack it first")
     try:
@@ -180,22 +183,24 @@ def looks_like_hub_name(path: str) -> bool:
 
 
 @lru_cache(maxsize=4)
-def load_hub_dataset(path: str, subset: str | None, split: str) -> Any:
+def load_hub_dataset(corpus: Corpus) -> Any:
     """A streaming dataset; it is read a batch at a time and never stored."""
     datasets = needs("datasets", "datasets")
     try:
-        return datasets.load_dataset(path, subset, split=split, streaming=True)
+        return datasets.load_dataset(
+            corpus.path, corpus.subset, split=corpus.split, revision=corpus.revision, streaming=True
+        )
     except Exception as error:
         if not (from_outside(error) or isinstance(error, ValueError)):
             raise
         raise UserError(
-            f"corpus.path: {path} does not exist here and is no Hub dataset within reach ({first_line(error)})"
+            f"corpus.path: {corpus.path} does not exist here and is no Hub dataset within reach ({first_line(error)})"
         ) from None
 
 
 def hub_shards(corpus: Corpus) -> list[Shard]:
     """One shard per shard of the Hub dataset."""
-    count = load_hub_dataset(corpus.path or "", corpus.subset, corpus.split).num_shards
+    count = load_hub_dataset(corpus).num_shards
     names = [f"{corpus.split}-{index:05d}-of-{count:05d}.parquet" for index in range(count)]
     return [Shard(name, f"{corpus.path} {name}", "hub", index) for index, name in enumerate(names)]
 

@@ -4,7 +4,9 @@ from pipeline.student import load
 load("runs/demo/train/student").score(["Photosynthesis turns light into sugar."])
 """
 
+import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +20,8 @@ from pipeline import config, metrics
 from pipeline.encoder import Embeddings, Encoder
 from pipeline.errors import UserError, needs
 from pipeline.storage import atomic, write_text
+
+log = logging.getLogger("gristmill")
 
 FORMAT = 1
 """Version of the folder's layout."""
@@ -55,11 +59,8 @@ class Student:
         """Scores (n_texts,) float32, and how many texts were longer than the encoder reads."""
         if not texts:
             return np.empty(0, np.float32), 0
-        embeddings, n_cut = self.encoder.embed(texts, step)
-        scores = self.head(embeddings)
-        if not np.isfinite(scores).all():
-            raise UserError(f"encoder {self.encoder_settings.model} gives NaN; score with --encoder.dtype float32")
-        return scores, n_cut
+        embeddings, n_truncated = self.encoder.embed(texts, step)
+        return self.head(embeddings), n_truncated
 
     def head(self, embeddings: Embeddings) -> NDArray[np.float32]:
         """Scores of embeddings (n, dim)."""
@@ -70,12 +71,14 @@ class Student:
         return metrics.int_scores(scores, self.scale)
 
     def save(self, folder: Path) -> None:
-        """Write head.safetensors and student.json."""
-        save_file = needs("safetensors.numpy", "torch").save_file
+        """Write head.safetensors and student.json, which names the head it belongs to."""
+        save = needs("safetensors.numpy", "torch").save
+        head = save({"weight": self.weight, "bias": np.array([self.bias], np.float32)})
         with atomic(folder / "head.safetensors") as temporary:
-            save_file({"weight": self.weight, "bias": np.array([self.bias], np.float32)}, temporary)
+            temporary.write_bytes(head)
         description = {
             "format": FORMAT,
+            "head": hashlib.sha256(head).hexdigest(),
             "encoder": self.encoder_settings.identity(),
             "scale": list(self.scale),
             **self.about,
@@ -86,18 +89,26 @@ class Student:
 def load(folder: str | Path, encoder: config.Encoder | None = None) -> Student:
     """A student from its folder; `encoder` may set another device, precision or batch size."""
     folder = Path(folder)
-    safetensors = needs("safetensors", "torch")
-    load_file = needs("safetensors.numpy", "torch").load_file
+    safetensors = needs("safetensors.numpy", "torch")
     try:
         description = json.loads((folder / "student.json").read_text(encoding="utf-8"))
-        head = load_file(folder / "head.safetensors")
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raw = (folder / "head.safetensors").read_bytes()
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no student ({error}); give a folder that gristmill train made") from None
     if description.pop("format", None) != FORMAT:
         raise UserError(f"{folder} was made by another version of gristmill; train it again")
-    settings = config.Encoder.model_validate(description.pop("encoder"))
-    if encoder is not None:
-        how = {name: getattr(encoder, name) for name in ("device", "dtype", "batch_tokens")}
-        settings = settings.model_copy(update=how)
-    low, high = description.pop("scale")
+    if description.pop("head") != hashlib.sha256(raw).hexdigest():
+        raise UserError(f"{folder} is damaged: head.safetensors is not the one student.json names; train it again")
+    head, (low, high) = safetensors.load(raw), description.pop("scale")
+    settings = as_asked(config.Encoder.model_validate(description.pop("encoder")), encoder)
     return Student(settings, head["weight"], float(head["bias"][0]), (low, high), description)
+
+
+def as_asked(own: config.Encoder, asked: config.Encoder | None) -> config.Encoder:
+    """The student's encoder with the device, precision and batch size that were asked for; it stays the same model."""
+    given = asked.model_fields_set if asked is not None else set()
+    for name in sorted(given & {"model", "revision", "max_tokens"}):
+        if getattr(asked, name) not in (None, getattr(own, name)):
+            log.warning("encoder.%s: the student keeps its own, %r", name, getattr(own, name))
+    how = {name: getattr(asked, name) for name in given & {"device", "dtype", "batch_tokens"}}
+    return own.model_copy(update=how)

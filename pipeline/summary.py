@@ -51,7 +51,7 @@ def tell_rate(result: Values) -> str:
         f"{result['n_scored']:,} scored, unscored: {unscored or 'none'}; mean score {figure(result['mean_score'])}"
     ]
     lines.append(
-        f"asked {result['n_asked']:,}, reused {result['n_reused']:,} answers; {result['n_cut']:,} documents cut"
+        f"asked {result['n_asked']:,}, reused {result['n_reused']:,} answers; {result['n_truncated']:,} documents cut"
     )
     return "\n".join(lines + gold("teacher", result["gold"]))
 
@@ -74,7 +74,7 @@ def tell_score(result: Values) -> str:
     reused = f", {result['n_shards_reused']} of them reused" if result["n_shards_reused"] else ""
     speed = f"{figure(result['docs_per_s'])} docs/s, " if result["docs_per_s"] else ""
     lines = [
-        f"{result['n_scored']:,} scored, {result['n_empty']:,} empty, {result['n_cut']:,} judged by their beginning",
+        f"{result['n_scored']:,} scored, {result['n_empty']:,} empty, {result['n_truncated']:,} cut",
         f"int_score {counts}",
         f"{speed}{result['n_shards']} shards{reused}",
     ]

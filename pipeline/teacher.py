@@ -1,6 +1,7 @@
 """Ask an LLM: one question per document, every answer recorded before it is used."""
 
 import json
+import logging
 import math
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,8 @@ from pipeline.config import Teacher, digest
 from pipeline.corpus import text_id
 from pipeline.errors import UserError
 from pipeline.prompts import Prompt, Reading
+
+log = logging.getLogger("gristmill")
 
 
 class Question(NamedTuple):
@@ -35,7 +38,7 @@ class Answer:
     answer_tokens: int = 0
     seconds: float = 0.0
     """From the first sending to the answer, retries included; a local model's share of its batch."""
-    was_cut: bool = False
+    was_truncated: bool = False
     """The document was longer than teacher.document_tokens."""
 
 
@@ -59,9 +62,11 @@ def questions(prompt: Prompt, teacher: Teacher, texts: Iterable[str]) -> list[Qu
 
 
 def identity(prompt: Prompt, teacher: Teacher) -> dict[str, object]:
-    """The teacher's settings that bear on an answer of this kind."""
-    elsewhere = {"max_tokens", "temperature", "top_p", "seed"} if prompt.read == "choices" else {"top_logprobs"}
-    return {name: value for name, value in teacher.identity().items() if name not in elsewhere}
+    """The teacher's settings that bear on an answer of this kind, from this engine."""
+    aside = {"transformers": {"tokenizer", "top_logprobs"}, "openai": {"revision", "dtype"}}[teacher.engine]
+    aside |= {"max_tokens", "temperature"} if prompt.read == "choices" else {"top_logprobs"}
+    aside |= {"top_p", "seed"} if prompt.read == "choices" or teacher.temperature == 0 else set()
+    return {name: value for name, value in teacher.identity().items() if name not in aside}
 
 
 def read(prompt: Prompt, answer: Answer) -> Reading:
@@ -76,16 +81,20 @@ def read(prompt: Prompt, answer: Answer) -> Reading:
 
 
 def check_candidates_seen(prompt: Prompt, teacher: Teacher, answers: Iterable[Answer]) -> None:
-    """Refuse a group of candidates that came up in no answer: an endpoint lists only the likeliest single tokens."""
+    """Name the groups of candidates that came up in no answer: an endpoint lists only the likeliest single tokens.
+    Where a single group is left, all scores are the same, and the prompt is refused."""
     given = [answer.log_probs for answer in answers if answer.log_probs is not None]
     seen = {name for log_probs in given for name, log_p in log_probs.items() if log_p > -math.inf}
-    for choice in prompt.choices if given else ():
-        if not seen & set(choice.answers):
-            raise UserError(
-                f"prompt {prompt.name}: none of {', '.join(map(repr, choice.answers))} was ever among the"
-                f" {teacher.top_logprobs} likeliest tokens of {teacher.model}; spell each as one of its tokens, or"
-                " lead to them with answer_start"
-            )
+    absent = [choice for choice in prompt.choices if given and not seen & set(choice.answers)]
+    for choice in absent:
+        told = (
+            f"prompt {prompt.name}: none of {', '.join(map(repr, choice.answers))} was ever among the"
+            f" {teacher.top_logprobs} likeliest tokens of {teacher.model}; spell each as one of its tokens, or"
+            " lead to them with answer_start"
+        )
+        if len(prompt.choices) - len(absent) < 2:
+            raise UserError(told)
+        log.warning("%s; counted as probability 0", told)
 
 
 class AnswerStore:

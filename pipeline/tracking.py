@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.config import Recipe, to_yaml
+from pipeline.config import Recipe, load_recipe, to_yaml
 from pipeline.errors import UserError, needs
 from pipeline.storage import write_text
 
@@ -25,9 +25,10 @@ class Result(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seconds: float
-    n_failed: int = 0
-    """Documents that failed for a passing reason; --redo tries them again."""
 
+
+MADE_FROM = {"rate": ("corpus", "teacher", "rate"), "train": ("encoder", "train"), "score": ("corpus", "score")}
+"""Sections of the recipe that a stage is made from."""
 
 AnyResult = TypeVar("AnyResult", bound=Result)
 Step = Callable[[int], None]
@@ -44,18 +45,19 @@ class Stage:
     def finished(self, kind: type[AnyResult], redo: bool) -> AnyResult | None:
         """The result, if this stage has been done with the same inputs; refuses when they changed, unless `redo`."""
         before = read_json(self.folder / "inputs.json")
-        if before is not None and before != self.inputs and not redo:
+        done = read_json(self.folder / "result.json")
+        made = done is not None or any((self.folder / "scored").glob("*"))
+        if before is not None and before != self.inputs and made and not redo:
             raise UserError(
                 f"{self.name}: {changes(before, self.inputs)} since {self.folder} was made; run again with --redo to"
                 " do it anew (recorded answers are used again), or give another --run-folder"
             )
-        done = read_json(self.folder / "result.json")
         if done is not None and before == self.inputs and not (redo and done.get("n_failed")):
             log.info("%s: done already, skipped", self.name)
             return self.read_result(kind, done)
         (self.folder / "result.json").unlink(missing_ok=True)
         write_text(self.folder / "inputs.json", dump(self.inputs))
-        write_text(self.recipe.run_folder / "recipe.yaml", to_yaml(self.recipe))
+        write_text(self.folder / "recipe.yaml", to_yaml(self.recipe))
         return None
 
     def read_result(self, kind: type[AnyResult], done: dict[str, Any]) -> AnyResult:
@@ -68,15 +70,15 @@ class Stage:
             ) from None
 
     def finish(self, result: AnyResult) -> AnyResult:
-        """Write the result, and its numbers to the metrics."""
+        """Write the result, then its numbers to the metrics."""
         values = result.model_dump(mode="json")
+        write_text(self.folder / "result.json", dump(values))
         numbers = flatten(values, numbers_only=True)
         line = json.dumps({"stage": self.name, "time": round(time.time(), 3), **numbers})
         with (self.recipe.run_folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         if self.recipe.tracking.wandb:
             send_to_wandb(self.name, self.recipe, numbers)
-        write_text(self.folder / "result.json", dump(values))
         return result
 
     @property
@@ -89,6 +91,9 @@ class Stage:
 def stage(name: str, recipe: Recipe, inputs: dict[str, Any]) -> Iterator[Stage]:
     """Work on one stage of a run, alone."""
     work = Stage(name, recipe, inputs)
+    check_apart(recipe)
+    if recipe.tracking.wandb:
+        needs("wandb", "wandb")
     try:
         work.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -106,6 +111,16 @@ def stage(name: str, recipe: Recipe, inputs: dict[str, Any]) -> Iterator[Stage]:
         lock.release()
 
 
+def check_apart(recipe: Recipe) -> None:
+    """Refuse a run folder inside the corpus, where its files would be read as documents, and a corpus inside it."""
+    corpus, run = Path(recipe.corpus.path or "").resolve(), recipe.run_folder.resolve()
+    inside = corpus.is_relative_to(run) or (run.is_relative_to(corpus) and corpus.is_dir())
+    if recipe.corpus.path and inside:
+        raise UserError(
+            f"run_folder: {recipe.run_folder} and corpus.path {recipe.corpus.path} overlap; keep them apart"
+        )
+
+
 def upstream(path: Path | None, recipe: Recipe, inside: str, stage_name: str) -> Path:
     """What an earlier stage left in the run folder, or what was named instead of it."""
     if path is not None:
@@ -115,7 +130,19 @@ def upstream(path: Path | None, recipe: Recipe, inside: str, stage_name: str) ->
     made, folder = recipe.run_folder / inside, recipe.run_folder / inside.split("/")[0]
     if not (folder / "result.json").exists():
         raise UserError(f"{stage_name}: {folder} is not finished; run gristmill {folder.name} first")
+    warn_of_other_settings(recipe, folder, stage_name)
     return made
+
+
+def warn_of_other_settings(recipe: Recipe, folder: Path, stage_name: str) -> None:
+    """Say so when an earlier stage was made with other settings than those given now."""
+    made = load_recipe(folder / "recipe.yaml", {})
+    for section in MADE_FROM[folder.name]:
+        before, now = getattr(made, section).identity(), getattr(recipe, section).identity()
+        given = getattr(recipe, section).model_fields_set & now.keys()
+        if any(before[name] != now[name] for name in given):
+            told = changes({name: before[name] for name in given}, {name: now[name] for name in given})
+            log.warning("%s: %s.%s since %s was made; its result is used as it is", stage_name, section, told, folder)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -156,17 +183,20 @@ def send_to_wandb(name: str, recipe: Recipe, numbers: dict[str, Any]) -> None:
     """One wandb run per stage, grouped by run folder."""
     wandb = needs("wandb", "wandb")
     settings = wandb.Settings(console="off", disable_git=True, silent=True)
-    run = wandb.init(
-        project=recipe.tracking.wandb_project,
-        group=recipe.run_folder.name,
-        name=f"{recipe.run_folder.name}-{name}",
-        job_type=name,
-        config=recipe.model_dump(mode="json"),
-        dir=recipe.run_folder,
-        settings=settings,
-    )
-    run.log({f"{name}/{key}": value for key, value in numbers.items()})
-    run.finish()
+    try:
+        run = wandb.init(
+            project=recipe.tracking.wandb_project,
+            group=recipe.run_folder.name,
+            name=f"{recipe.run_folder.name}-{name}",
+            job_type=name,
+            config=recipe.model_dump(mode="json"),
+            dir=recipe.run_folder,
+            settings=settings,
+        )
+        run.log({f"{name}/{key}": value for key, value in numbers.items()})
+        run.finish()
+    except wandb.Error as error:
+        log.warning("%s: wandb took nothing (%s); the numbers are in metrics.jsonl", name, str(error).split("\n")[0])
 
 
 @contextmanager

@@ -25,6 +25,8 @@ log = logging.getLogger("gristmill")
 STRENGTHS = np.logspace(-3, 3, 25)
 """Ridge strengths tried, for embeddings of about unit length."""
 
+N_FOLDS = 5
+
 FEWEST = 10
 """Ratings below which no head is trained."""
 
@@ -51,7 +53,7 @@ class TrainResult(Result):
     n_validation: int
     n_test: int
     n_unscored: int
-    n_cut: int
+    n_truncated: int
     encoder: str
     strength: float
     good_from: float
@@ -79,15 +81,16 @@ def run(recipe: Recipe, redo: bool = False) -> TrainResult:
         if done:
             return done
         ratings = read(path)
-        good_from = recipe.train.good_from if recipe.train.good_from is not None else sum(ratings.scale) / 2
-        check(ratings, good_from)
+        good = good_from(recipe, ratings.scale)
+        check_good_from(good, ratings.scale)
+        parts = split(ratings.texts, recipe)
+        check(ratings, parts)
         encoder = Encoder(recipe.encoder)
         with progress("train", len(ratings.texts)) as step:
-            embeddings, n_cut = encoder.embed(ratings.texts, step)
-        parts = split(ratings.texts, recipe)
-        fit = fit_head(embeddings, ratings.scores, parts, good_from, recipe.seed)
+            embeddings, n_truncated = encoder.embed(ratings.texts, step)
+        fit = fit_head(embeddings, ratings.scores, parts, good, recipe.seed)
         predicted = (embeddings @ fit.weight + np.float32(fit.bias)).astype(np.float64)
-        result = report(work, ratings, parts, predicted, fit, good_from, n_cut)
+        result = report(work, ratings, parts, predicted, fit, good, n_truncated)
         write_predictions(work, ratings, parts, predicted)
         student(recipe, encoder, ratings, fit, result).save(work.folder / "student")
         return work.finish(result)
@@ -108,20 +111,33 @@ def inputs(recipe: Recipe, path: Path) -> dict[str, object]:
     }
 
 
-def check(ratings: Ratings, good_from: float) -> None:
+def good_from(recipe: Recipe, scale: tuple[float, float]) -> float:
+    """The teacher's score from which a document counts as good: as set, or the middle of the scale."""
+    return sum(scale) / 2 if recipe.train.good_from is None else recipe.train.good_from
+
+
+def check_good_from(value: float, scale: tuple[float, float]) -> None:
+    """Refuse a cut that no document, or every document, reaches."""
+    if not scale[0] < value <= scale[1]:
+        raise UserError(f"train.good_from: {value:g} must be above {scale[0]:g} and at most {scale[1]:g}")
+
+
+def check(ratings: Ratings, parts: Split) -> None:
     """Refuse ratings nothing can be learned from."""
-    n = len(ratings.scores)
+    n, n_train = len(ratings.scores), int(np.sum(parts == "train"))
     if n < FEWEST:
         raise UserError(
             f"train: only {n} documents have a score; rate at least {FEWEST}, better a thousand (--sample)"
         )
-    if n < ENOUGH:
-        log.warning("train: %d ratings are few; expect figures to be far off", n)
+    if n_train < N_FOLDS:
+        raise UserError(
+            f"train: only {n_train} of {n} documents are left to learn from; lower train.validation_share and"
+            " train.test_share, or rate more distinct texts"
+        )
     if np.ptp(ratings.scores) == 0:
         raise UserError(f"train: all {n} scores are {ratings.scores[0]:g}; mend the prompt or choose another teacher")
-    if not ratings.scale[0] < good_from <= ratings.scale[1]:
-        low, high = ratings.scale
-        raise UserError(f"train.good_from: {good_from:g} is outside the scale {low:g} to {high:g}")
+    if n < ENOUGH:
+        log.warning("train: %d ratings are few; expect figures to be far off", n)
 
 
 def split(texts: list[str], recipe: Recipe) -> Split:
@@ -143,7 +159,7 @@ def fit_head(embeddings: Embeddings, scores: Floats, parts: Split, good_from: fl
     from sklearn.model_selection import KFold
 
     learn, choose = parts == "train", parts == "validation"
-    folds = KFold(5, shuffle=True, random_state=seed)
+    folds = KFold(N_FOLDS, shuffle=True, random_state=seed)
     ridge = RidgeCV(STRENGTHS, cv=folds, scoring="neg_mean_squared_error")
     ridge.fit(embeddings[learn].astype(np.float64), scores[learn])
     weight, bias = ridge.coef_.astype(np.float32), float(ridge.intercept_)
@@ -154,21 +170,20 @@ def fit_head(embeddings: Embeddings, scores: Floats, parts: Split, good_from: fl
 
 
 def report(
-    work: Stage, ratings: Ratings, parts: Split, predicted: Floats, fit: Fit, good_from: float, n_cut: int
+    work: Stage, ratings: Ratings, parts: Split, predicted: Floats, fit: Fit, good_from: float, n_truncated: int
 ) -> TrainResult:
     """The figures on the test part."""
     test = parts == "test"
     truth, guess = ratings.scores[test], predicted[test]
     good = truth >= good_from
     gold = [value for value, held_out in zip(ratings.gold, test, strict=True) if held_out]
-    has_gold = any(value is not None for value in gold)
     return TrainResult(
         seconds=work.seconds,
         n_train=int(np.sum(parts == "train")),
         n_validation=int(np.sum(parts == "validation")),
         n_test=int(test.sum()),
         n_unscored=ratings.n_unscored,
-        n_cut=n_cut,
+        n_truncated=n_truncated,
         encoder=work.recipe.encoder.model,
         strength=fit.strength,
         good_from=good_from,
@@ -179,7 +194,7 @@ def report(
         auc=metrics.auc(good, guess),
         kept=metrics.kept_class(good, guess >= fit.cut),
         kept_at_good_from=metrics.kept_class(good, guess >= good_from),
-        gold=metrics.against_gold(guess, gold) if has_gold else None,
+        gold=metrics.against_gold(guess, gold, metrics.is_binary(ratings.gold)),
     )
 
 

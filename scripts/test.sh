@@ -2,5 +2,5 @@
 # The tests, offline. Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. scripts/venv.sh dev
+. scripts/venv.sh dev .venv-dev
 python -m pytest "$@"

@@ -1,6 +1,7 @@
-# Sourced by the other scripts: makes .venv with gristmill and the extras in $1, once per change of what it needs.
+# Sourced by the other scripts: makes the environment $2 with gristmill and the extras $1, once per change of what it
+# needs. The demo has its own, because its corpus is built from what is installed beside it.
 extras=$1
-venv=${GRISTMILL_VENV:-.venv}
+venv=$2
 python=${PYTHON:-python3}
 wanted="$("$python" --version) [$extras] $(cat pyproject.toml scripts/constraints.txt scripts/venv.sh | cksum)"
 if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then

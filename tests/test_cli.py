@@ -231,10 +231,14 @@ def test_what_would_stop_a_later_stage_is_found_before_the_first_token(
 ):
     for flags, message in [
         (["--encoder.model", "package:no_such_package/model"], "'no_such_package' is not installed"),
-        (["--filter.min-score", "3", "--filter.min-int-score", "3"], "give one of --min-score, --min-int-score"),
+        (
+            ["--filter.min-score", "3", "--filter.min-int-score", "3"],
+            "give one of min_score, min_int_score and keep_share",
+        ),
         (["--corpus.text-column", "body"], "has no column 'body'; there are: id, text, meta, good"),
         (["--corpus.path", str(tmp_path / "nowhere")], "nowhere does not exist"),
         (["--rate.prompt", "nowhere.md"], "rate.prompt: nowhere.md"),
+        (["--train.good-from", "6"], "train.good_from: 6 must be above 0 and at most 5"),
     ]:
         code, _, err = run(capsys, "run", recipe_file, *flags)
         assert code == 1 and message in last_line(err)
@@ -312,7 +316,7 @@ def test_a_cut_given_as_a_flag_replaces_the_recipes(recipe_file: Path, capsys: p
     out = run(capsys, "filter", recipe_file, "--min-score", "3", "--dry-run")[1]
     assert yaml.safe_load(out)["filter"]["keep_share"] is None
     code, _, err = run(capsys, "run", recipe_file, "--filter.min-score", "3", "--filter.keep-share", "0.1")
-    assert code == 1 and "given: --min-score and --keep-share" in last_line(err)
+    assert code == 1 and "given: min_score and keep_share" in last_line(err)
 
 
 def test_wandb_gets_every_stage_offline_and_only_when_asked(
@@ -332,7 +336,7 @@ def test_metrics_are_always_in_the_run_folder(recipe_file: Path, tmp_path: Path,
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines] == list(cli.STAGES)
     assert lines[1]["kept.f1"] == json.loads((tmp_path / "run/train/result.json").read_text())["kept"]["f1"]
-    assert config.load_recipe(tmp_path / "run" / "recipe.yaml", {}) == config.load_recipe(recipe_file, {})
+    assert config.load_recipe(tmp_path / "run" / "filter" / "recipe.yaml", {}) == config.load_recipe(recipe_file, {})
     assert "rate: 50 documents" in (tmp_path / "run" / "run.log").read_text()
 
 
@@ -343,6 +347,41 @@ def test_two_processes_never_work_on_one_stage(recipe_file: Path, tmp_path: Path
     with FileLock(tmp_path / "run" / "rate" / ".lock"):
         code, _, err = run(capsys, "rate", recipe_file)
     assert code == 1 and "another process is at work in" in last_line(err)
+
+
+def test_a_run_folder_and_a_corpus_never_overlap(
+    recipe_file: Path, corpus_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    code, _, err = run(capsys, "rate", recipe_file, "--run-folder", corpus_folder / "run")
+    assert code == 1 and "overlap; keep them apart" in last_line(err)
+
+
+def test_a_stage_says_when_the_one_before_was_made_otherwise(recipe_file: Path, capsys: pytest.CaptureFixture[str]):
+    run(capsys, "rate", recipe_file)
+    code, _, err = run(capsys, "train", recipe_file, "--teacher.document-tokens", "32")
+    assert code == 0 and "train: teacher.document_tokens changed from 64 to 32 since" in err
+    assert "changed" not in run(capsys, "train", recipe_file)[2]
+
+
+def test_a_setting_that_made_nothing_yet_may_be_mended_without_redo(
+    recipe_file: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(capsys, "rate", recipe_file, "--gold-column", "nowhere")[0] == 1
+    assert run(capsys, "rate", recipe_file)[0] == 0
+
+
+def test_wandb_that_fails_costs_no_result(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    wandb = pytest.importorskip("wandb")
+
+    def down(**_: object) -> None:
+        raise wandb.errors.CommError("no network")
+
+    monkeypatch.setattr(wandb, "init", down)
+    code, _, err = run(capsys, "rate", recipe_file, "--tracking.wandb")
+    assert code == 0 and "rate: wandb took nothing (no network)" in err
+    assert (tmp_path / "run" / "rate" / "result.json").exists()
 
 
 def test_the_kept_corpus_is_the_best_of_the_scored_one(

@@ -217,7 +217,9 @@ def test_shards_keep_their_names_below_the_folder_and_come_in_the_order_of_names
     ]
 
 
-@pytest.mark.parametrize("hidden", [".a.jsonl", "_a.jsonl", ".git/a.jsonl", "_tmp/0/a.jsonl", "notes.txt", "a.json"])
+@pytest.mark.parametrize(
+    "hidden", [".a.jsonl", "_a.jsonl", ".git/a.jsonl", "_tmp/0/a.jsonl", "notes.txt", "dataset_info.json"]
+)
 def test_hidden_files_and_other_files_are_no_documents(tmp_path: Path, hidden: str) -> None:
     (tmp_path / "_hidden" / ".above").mkdir(parents=True)
     folder = tmp_path / "_hidden" / ".above"  # what lies above the corpus does not matter
@@ -226,6 +228,14 @@ def test_hidden_files_and_other_files_are_no_documents(tmp_path: Path, hidden: s
     (folder / "seen.jsonl").write_bytes(lines(ROWS[:1]))
     assert [shard.name for shard in shards_.find_shards(at(folder))] == ["seen.parquet"]
     assert [shard.name for shard in shards_.find_shards(at(f"{folder}/**/*.jsonl"))] == ["seen.parquet"]
+
+
+def test_json_beside_other_formats_is_never_left_out_silently(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(lines(ROWS))
+    (tmp_path / "README.md").write_text("no data")
+    assert [shard.name for shard in shards_.find_shards(at(tmp_path))] == ["a.parquet"]
+    (tmp_path / "b.jsonl").write_bytes(lines(ROWS))
+    assert [shard.name for shard in shards_.find_shards(at(tmp_path))] == ["a.parquet", "b.parquet"]
 
 
 def test_folders_that_match_a_glob_are_not_taken_for_files(tmp_path: Path) -> None:

@@ -219,15 +219,15 @@ def test_a_long_document_is_cut_by_bytes_and_the_rubric_stays_whole(tmp_path: Pa
     assert shown == before + document + after
     assert document.endswith(" […]")
     assert 64 - 3 <= len(document.removesuffix(" […]").encode()) <= 64
-    assert result.n_cut == 3
-    assert all(row["was_cut"] for row in ratings(r).values())
+    assert result.n_truncated == 3
+    assert all(row["was_truncated"] for row in ratings(r).values())
 
 
 def test_guards_do_not_make_a_document_longer_than_allowed(tmp_path: Path) -> None:
     corpus(tmp_path, 3, "<s>" * 13)
     with serve(score_of) as server:
         r = recipe(tmp_path, server.url, n=3, document_tokens=16)
-        assert rate.run(r).n_cut == 3
+        assert rate.run(r).n_truncated == 3
     before, after = GENERATE.split("{{ text }}")
     document = server.asked[0].shown.removeprefix(before).removesuffix(after).removesuffix(" […]")
     assert len(document.encode()) == 64
@@ -552,6 +552,15 @@ def test_a_group_of_candidates_that_never_comes_up_is_refused(tmp_path: Path) ->
         with pytest.raises(UserError, match="none of ' bad' was ever among the 20 likeliest tokens of m"):
             rate.run(r)
     assert not (r.run_folder / "rate" / "result.json").exists()
+
+
+def test_an_expected_digit_does_without_a_digit_that_never_comes_up(tmp_path: Path) -> None:
+    digits = [{"value": i, "answers": [f" {i}"]} for i in range(6)]
+    prompt = {**CHOICES, "choices": digits}
+    with serve(lambda _: likes({" 1": math.log(0.3), " 3": math.log(0.1)})) as server:
+        r = recipe(tmp_path, server.url, prompt=prompt)
+        assert rate.run(r).n_scored == 8
+    assert ratings(r)["id-3"]["score"] == pytest.approx((0.3 + 0.3) / 0.4)
 
 
 def test_a_resumed_run_judges_candidates_by_all_answers(tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ def test_the_kept_corpus_as_json_lines(tmp_path: Path):
     assert [json.loads(line) for line in lines] == [
         {"text": "text 0-1", "meta": {"row": 1}, "score": 4.0, "int_score": 4}
     ]
+    assert filter.plain({"a": [float("nan"), b"\xff"], "b": 1.5}) == {"a": [None, "/w=="], "b": 1.5}
 
 
 def test_json_lines_survive_bytes_that_are_not_utf8(tmp_path: Path):
@@ -128,7 +129,7 @@ def test_json_lines_survive_bytes_that_are_not_utf8(tmp_path: Path):
 
 @pytest.mark.parametrize("cuts", [{}, {"min_score": 1, "keep_share": 0.5}])
 def test_exactly_one_cut_must_be_given(tmp_path: Path, cuts: dict[str, float]):
-    with pytest.raises(UserError, match="give one of --min-score, --min-int-score and --keep-share"):
+    with pytest.raises(UserError, match="give one of min_score, min_int_score and keep_share"):
         run(tmp_path, scored_folder(tmp_path, [[1.0]]), **cuts)
 
 
@@ -144,6 +145,40 @@ def test_a_changed_cut_says_so_and_leaves_nothing_of_the_old_one(tmp_path: Path)
         run(tmp_path, folder, min_score=0.5)
     run(tmp_path, folder, redo=True, min_score=0.5, output_format="jsonl")
     assert sorted(path.name for path in (tmp_path / "run/filter/kept").iterdir()) == ["part-0.jsonl", "part-1.jsonl"]
+
+
+def test_a_shard_that_is_gone_is_missed_and_scored_again(recipe_file: Path, tmp_path: Path, corpus_folder: Path):
+    from pipeline import rate, score, train
+
+    recipe = config.load_recipe(recipe_file, {})
+    for stage in (rate, train, score):
+        stage.run(recipe)
+    gone = tmp_path / "run" / "score" / "scored" / "part-1.parquet"
+    before = gone.read_bytes()
+    gone.unlink()
+    with pytest.raises(
+        UserError, match=r"part-1.parquet is missing from the scored corpus; run gristmill score again"
+    ):
+        filter.run(recipe)
+    assert score.run(recipe).n_shards_reused == 2 and gone.read_bytes() == before
+    assert filter.run(recipe).n_rows == 60
+
+
+def test_the_kept_corpus_is_never_filtered_onto_itself(tmp_path: Path):
+    folder = scored_folder(tmp_path, [[1.0, 4.0]])
+    run(tmp_path, folder, min_score=2)
+    kept = tmp_path / "run" / "filter" / "kept"
+    with pytest.raises(UserError, match="is where this run's kept corpus goes"):
+        run(tmp_path, kept, redo=True, min_score=2)
+    assert pq.read_table(kept).num_rows == 1
+
+
+def test_scores_of_another_width_are_compared_as_ours(tmp_path: Path):
+    folder = tmp_path / "scored"
+    folder.mkdir()
+    table = pa.table({"text": ["a"], "score": pa.array([0.1], pa.float64()), "int_score": pa.array([0], pa.int64())})
+    pq.write_table(table, folder / "part.parquet")
+    assert run(tmp_path, folder, min_score=0.1).n_kept == 1
 
 
 def test_nan_is_never_kept(tmp_path: Path):

@@ -475,7 +475,7 @@ def test_trap_07_a_long_document_is_cut_at_its_end_and_the_rubric_stays(local, t
     row = local.row(Question("00000000", document))
     shown = local.tokenizer.decode(seen(local, document))
     begin, end = "<text>\n", f"{CUT_MARK}\n</text><|im_end|>\n<|im_start|>assistant\nThis text is"
-    assert row.was_cut
+    assert row.was_truncated
     assert shown.startswith("<|im_start|>user\nGrade the text from 0 to 5.\n<text>\n")
     assert shown.endswith(end)
     kept = shown[shown.index(begin) + len(begin) : -len(end)]
@@ -487,7 +487,10 @@ def test_trap_07_a_long_document_is_cut_at_its_end_and_the_rubric_stays(local, t
 def test_a_document_of_exactly_the_limit_is_not_cut(local, texts):
     ids = token_ids(local.tokenizer, texts[0])
     exact, longer = (local.tokenizer.decode(ids[:n]) for n in (50, 51))
-    assert (local.row(Question("0", exact)).was_cut, local.row(Question("0", longer)).was_cut) == (False, True)
+    assert (local.row(Question("0", exact)).was_truncated, local.row(Question("0", longer)).was_truncated) == (
+        False,
+        True,
+    )
 
 
 def test_trap_07_a_small_context_cuts_the_document_further_and_never_the_rubric(tmp_path, tiny_causal, texts):
@@ -497,7 +500,7 @@ def test_trap_07_a_small_context_cuts_the_document_further_and_never_the_rubric(
         whole = seen(local, " ".join(texts))
         assert len(whole) + local.room == 128
         assert local.tokenizer.decode(whole).count("Grade the text from 0 to 5.") == 1
-        assert local.answers([local.row(Question("00000000", " ".join(texts)))])[0][1].was_cut
+        assert local.answers([local.row(Question("00000000", " ".join(texts)))])[0][1].was_truncated
 
 
 def test_a_rubric_too_long_for_the_context_is_refused_before_anything_is_asked(tmp_path, tiny_causal):
@@ -614,7 +617,7 @@ def test_a_huge_document_nul_bytes_surrogates_and_nothing_do_not_break_a_batch(t
     begin = time.perf_counter()
     found = asked(choosing(), setup(tiny_causal), documents)
     assert time.perf_counter() - begin < 10
-    assert [found[text].was_cut for text in documents] == [True] + [False] * 5
+    assert [found[text].was_truncated for text in documents] == [True] + [False] * 5
     assert close(found[documents[3]], naive.log_probs(choosing(), ""))
     assert close(found[documents[2]], naive.log_probs(choosing(), "half a pair ? here"))
     assert all(teacher.read(choosing(), found[text]).score is not None for text in documents)
@@ -623,7 +626,7 @@ def test_a_huge_document_nul_bytes_surrogates_and_nothing_do_not_break_a_batch(t
 def test_tokens_are_counted(tiny_causal, local):
     answer = asked(choosing(), setup(tiny_causal, document_tokens=50), ["A document."])["A document."]
     assert answer.prompt_tokens == len(seen(local, "A document."))
-    assert (answer.answer_tokens, answer.was_cut, answer.finish) == (0, False, "stop")
+    assert (answer.answer_tokens, answer.was_truncated, answer.finish) == (0, False, "stop")
 
 
 # -- models

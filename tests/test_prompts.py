@@ -66,7 +66,7 @@ ERRORS = [
     ("read: generate", "Rate this.", "0 places for the document; write {{ text }} exactly once"),
     ("read: generate", "{{ text }} {{text}}", "2 places for the document"),
     ("read: generate\nscale: [5, 0]", "{{ text }}", "scale [5.0, 0.0] must rise"),
-    ("read: generate\nscale: [0, 1000]", "{{ text }}", "leaves -128 to 127, where int_score is stored in one byte"),
+    ("read: generate\nscale: [0, 1000]", "{{ text }}", "needs a whole number and must stay in -128 to 127"),
     ("read: generate\nscale: [0, .inf]", "{{ text }}", "scale.1: Input should be a finite number"),
     ("read: generate\npattern: 'score: (\\d)'", "{{ text }}", "has no {number}"),
     ("read: generate\npattern: '({number}'", "{{ text }}", "is no regular expression"),
@@ -354,8 +354,14 @@ def test_the_line_puts_log_odds_on_the_scale_and_clips_them():
     prompt = choosing((5, ["a", "b"]), (0, ["c"]), line=Line(offset=1, slope=2))
     assert read_choices(prompt, logs(a=0.1, b=0.2, c=0.3)).score == pytest.approx(1)
     assert read_choices(prompt, logs(a=0.1, b=0.1, c=0.1)).score == pytest.approx(1 + 2 * math.log(2))
-    assert read_choices(prompt, logs(a=0.1, b=0.1, c=0)).score == 5
-    assert read_choices(prompt, logs(a=0, b=0, c=0.1)).score == 0
+    assert read_choices(prompt, logs(a=0.1, b=0.1, c=1e-9)).score == 5
+    assert read_choices(prompt, logs(a=1e-9, b=0, c=0.1)).score == 0
+
+
+def test_a_side_that_was_not_seen_is_no_extreme_score():
+    prompt = choosing((5, ["a"]), (0, ["b"]), line=Line(offset=1, slope=2))
+    assert read_choices(prompt, logs(a=0.1, b=0))[:2] == (None, "no_score")
+    assert read_choices(prompt, logs(a=0, b=0.1))[:2] == (None, "no_score")
 
 
 def test_the_line_counts_groups_of_one_value_together_and_does_not_depend_on_normalising():

@@ -168,7 +168,7 @@ LOG_PROBS = st.floats(max_value=0, allow_nan=False)
         log_probs=st.none() | st.dictionaries(st.text(), LOG_PROBS),
         prompt_tokens=st.integers(0, 10**9),
         seconds=st.floats(0, 1e6),
-        was_cut=st.booleans(),
+        was_truncated=st.booleans(),
     )
 )
 def test_an_answer_comes_back_as_it_was(answer: Answer) -> None:
@@ -378,7 +378,7 @@ def test_a_rating_carries_everything_needed_to_judge_it(tmp_path: Path) -> None:
         rate.run(r)
     row = ratings(r)["id-3"]
     assert row["answer"] == "It is what it is.\nScore: 3"
-    assert (row["teacher"], row["prompt_tokens"], row["answer_tokens"], row["was_cut"]) == ("m", 100, 7, False)
+    assert (row["teacher"], row["prompt_tokens"], row["answer_tokens"], row["was_truncated"]) == ("m", 100, 7, False)
     assert row["prompt"] == rate.load_prompt(r).digest
     assert pq.read_schema(r.run_folder / "rate" / "ratings.parquet").remove_metadata() == SCHEMA
     assert read(r.run_folder / "rate" / "ratings.parquet").scale == (0.0, 5.0)

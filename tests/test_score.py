@@ -158,7 +158,7 @@ def test_another_student_scores_everything_again(tmp_path: Path, corpus_folder: 
 
 def test_a_column_called_score_is_refused_or_replaced_but_never_doubled(tmp_path: Path, student_folder: Path):
     pq.write_table(pa.table({"score": [9.5], "text": ["a text"]}), tmp_path / "corpus.parquet")
-    with pytest.raises(UserError, match=r"corpus.parquet already has a column 'score'; replace it with"):
+    with pytest.raises(UserError, match=r"corpus.parquet already has a column 'score'; set score.replace_existing"):
         score.run(recipe(tmp_path, tmp_path / "corpus.parquet", student_folder))
     score.run(recipe(tmp_path, tmp_path / "corpus.parquet", student_folder, replace_existing=True), redo=True)
     found = scored(tmp_path, "corpus.parquet")

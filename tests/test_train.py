@@ -149,8 +149,14 @@ def test_a_file_that_holds_no_ratings_is_refused(tmp_path: Path, tiny_encoder: P
 
 def test_a_cut_outside_the_scale_is_refused(tmp_path: Path, tiny_encoder: Path, many: list[str]):
     ratings_file(tmp_path, [1.0, 2.0] * 20, many)
-    with pytest.raises(UserError, match=r"train.good_from: 7 is outside the scale 0 to 5"):
+    with pytest.raises(UserError, match=r"train.good_from: 7 must be above 0 and at most 5"):
         train.run(settings(tmp_path, tiny_encoder, good_from=7))
+
+
+def test_parts_that_leave_nothing_to_learn_from_are_refused(tmp_path: Path, tiny_encoder: Path, many: list[str]):
+    ratings_file(tmp_path, [1.0, 2.0] * 20, many)
+    with pytest.raises(UserError, match=r"only \d of 40 documents are left to learn from; lower"):
+        train.run(settings(tmp_path, tiny_encoder, test_share=0.49, validation_share=0.49))
 
 
 def test_train_before_rate_says_what_to_run(tmp_path: Path, tiny_encoder: Path):

@@ -103,20 +103,20 @@ class Endpoint:
         """Ask one question after another."""
         for question in queue:
             begin = time.perf_counter()
-            document, was_cut = self.prepare(question.text)
+            document, was_truncated = self.prepare(question.text)
             answer = await self.answer(client, document)
             seconds = time.perf_counter() - begin
-            self.record([(question.key, replace(answer, seconds=seconds, was_cut=was_cut))])
+            self.record([(question.key, replace(answer, seconds=seconds, was_truncated=was_truncated))])
 
     def prepare(self, text: str) -> tuple[str, bool]:
         """The document as it is sent, unable to leave its place, and whether it was cut.
 
         It is cut before it is guarded, so that 50 MB cost no more than a page, and again should the guards be long.
         """
-        short, was_cut = self.cut(well_formed(text))
+        short, was_truncated = self.cut(well_formed(text))
         safe, cut_again = self.cut(self.prompt.fence(break_control_tokens(short)))
-        was_cut = was_cut or cut_again
-        return safe + (CUT_MARK if was_cut else ""), was_cut
+        was_truncated = was_truncated or cut_again
+        return safe + (CUT_MARK if was_truncated else ""), was_truncated
 
     # -- retries
 
@@ -316,13 +316,16 @@ def cutter(teacher: Teacher) -> Cut:
         n_bytes = limit * BYTES_PER_TOKEN
         log.info("documents are cut at %d bytes; give --teacher.tokenizer to cut by tokens", n_bytes)
         return lambda text: cut_bytes(text, n_bytes)
-    tokenizer = needs("transformers", "torch").AutoTokenizer.from_pretrained(
-        locate(teacher.tokenizer, "teacher.tokenizer")
-    )
+    where = locate(teacher.tokenizer, "teacher.tokenizer")
+    try:
+        tokenizer = needs("transformers", "torch").AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"teacher.tokenizer: {teacher.tokenizer} cannot be loaded ({reason})") from None
 
     def cut(text: str) -> tuple[str, bool]:
-        ids, was_cut = first_tokens(text, limit, tokenizer)
-        return (tokenizer.decode(ids).rstrip("\ufffd") if was_cut else text), was_cut
+        ids, was_truncated = first_tokens(text, limit, tokenizer)
+        return (tokenizer.decode(ids).rstrip("\ufffd") if was_truncated else text), was_truncated
 
     return cut
 

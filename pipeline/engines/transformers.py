@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
     key: str
     ids: list[int]
-    was_cut: bool
+    was_truncated: bool
 
 
 def ask(prompt: Prompt, teacher: Teacher, questions: list[Question], answered: set[str], record: Record) -> None:
@@ -109,8 +109,10 @@ class LocalTeacher:
     def row(self, question: Question) -> Row:
         """Token ids of one document; its control tokens are spelled out, so it cannot end its turn."""
         text = self.prompt.fence(question.text.encode("utf-8", "replace").decode())
-        ids, was_cut = first_tokens(text, self.document_tokens, self.document_tokenizer, split_special_tokens=True)
-        return Row(question.key, ids + (self.mark if was_cut else []) + self.pieces.tail, was_cut)
+        ids, was_truncated = first_tokens(
+            text, self.document_tokens, self.document_tokenizer, split_special_tokens=True
+        )
+        return Row(question.key, ids + (self.mark if was_truncated else []) + self.pieces.tail, was_truncated)
 
     def compute_prefix(self) -> Any:
         """Keys and values of the head, computed once; None where padding behind it would change an answer: sliding
@@ -130,7 +132,12 @@ class LocalTeacher:
             found = self.choose(rows) if self.prompt.read == "choices" else self.generate(rows)
         seconds = (time.perf_counter() - begin) / len(rows)
         return [
-            (row.key, Answer(**answer, prompt_tokens=self.prompt_tokens(row), seconds=seconds, was_cut=row.was_cut))
+            (
+                row.key,
+                Answer(
+                    **answer, prompt_tokens=self.prompt_tokens(row), seconds=seconds, was_truncated=row.was_truncated
+                ),
+            )
             for row, answer in zip(rows, found, strict=True)
         ]
 
