@@ -164,6 +164,10 @@ def check_ahead(recipe: Recipe) -> None:
     models.locate(recipe.encoder.model, "encoder.model")
     prompt = prompts.load(required(recipe.rate.prompt, "rate.prompt", "prompts/edu-en.md"))
     train.check_good_from(train.good_from(recipe, prompt.scale), prompt.scale)
+    if recipe.rate.sample < train.FEWEST:
+        raise UserError(
+            f"rate.sample: {recipe.rate.sample} ratings are too few to train on; {train.FEWEST} is the least"
+        )
     score.check_columns(find_shards(recipe.corpus), recipe)
 
 

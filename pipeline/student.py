@@ -51,6 +51,8 @@ class Student:
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Scores (n_texts,) float32, not clipped."""
+        if isinstance(texts, str):
+            raise TypeError("give a list of texts, not one string")
         return self.score_counted(texts)[0]
 
     def score_counted(

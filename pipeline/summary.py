@@ -62,7 +62,8 @@ def tell_train(result: Values) -> str:
     lines = [
         f"on {result['n_test']} held-out ratings: Spearman {figure(result['spearman'])} to the teacher,"
         f" MAE {figure(result['mae'])}, macro-F1 of int scores {figure(result['macro_f1'])}",
-        f"documents worth {result['good_from']:g} or more, kept from {result['cut']:.2f} up:"
+        f"documents worth {result['good_from']:g} or more ({result['good_share']:.0%} of them), kept from"
+        f" {result['cut']:.2f} up:"
         f" precision {kept['precision']}, recall {kept['recall']}, F1 {kept['f1']}",
     ]
     return "\n".join(lines + gold("student", result["gold"]))
@@ -106,7 +107,7 @@ def figure(value: float | None) -> str:
 def status(run_folder: Path, stages: Sequence[str]) -> Values:
     """Each stage's state: done, begun (with what is there) or not begun."""
     if not run_folder.is_dir():
-        raise UserError(f"{run_folder} does not exist; give the run folder of a recipe")
+        raise UserError(f"{run_folder} is no folder; give the run folder of a recipe")
     states = {name: state(run_folder / name) for name in stages}
     return {"run_folder": str(run_folder), **states}
 

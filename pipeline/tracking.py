@@ -42,8 +42,9 @@ class Stage:
         self.folder = recipe.run_folder / name
         self.begin = time.perf_counter()
 
-    def finished(self, kind: type[AnyResult], redo: bool) -> AnyResult | None:
-        """The result, if this stage has been done with the same inputs; refuses when they changed, unless `redo`."""
+    def finished(self, kind: type[AnyResult], redo: bool, product: str) -> AnyResult | None:
+        """The result, if this stage has been done with the same inputs and its product (a path in its folder) is
+        there; refuses when the inputs changed, unless `redo`."""
         before = read_json(self.folder / "inputs.json")
         done = read_json(self.folder / "result.json")
         made = done is not None or any((self.folder / "scored").glob("*"))
@@ -52,7 +53,8 @@ class Stage:
                 f"{self.name}: {changes(before, self.inputs)} since {self.folder} was made; run again with --redo to"
                 " do it anew (recorded answers are used again), or give another --run-folder"
             )
-        if done is not None and before == self.inputs and not (redo and done.get("n_failed")):
+        there = (self.folder / product).exists()
+        if done is not None and there and before == self.inputs and not (redo and done.get("n_failed")):
             log.info("%s: done already, skipped", self.name)
             return self.read_result(kind, done)
         (self.folder / "result.json").unlink(missing_ok=True)

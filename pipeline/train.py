@@ -33,6 +33,9 @@ FEWEST = 10
 ENOUGH = 200
 """Ratings below which the figures say little, and the log says so."""
 
+WEAK = 0.3
+"""Spearman below which the log says that little was learned."""
+
 Split = NDArray[np.str_]
 
 
@@ -58,6 +61,8 @@ class TrainResult(Result):
     strength: float
     good_from: float
     """Teacher score from which a document counts as good."""
+    good_share: float
+    """Share of the test part that is: the precision of keeping everything."""
     cut: float
     """Student score that finds them best, chosen on the validation part."""
     spearman: float | None
@@ -77,7 +82,7 @@ def run(recipe: Recipe, redo: bool = False) -> TrainResult:
     """Train on the train part, choose on the validation part, report on the test part."""
     path = ratings_path(recipe)
     with stage("train", recipe, inputs(recipe, path)) as work:
-        done = work.finished(TrainResult, redo)
+        done = work.finished(TrainResult, redo, "student/head.safetensors")
         if done:
             return done
         ratings = read(path)
@@ -93,6 +98,8 @@ def run(recipe: Recipe, redo: bool = False) -> TrainResult:
         result = report(work, ratings, parts, predicted, fit, good, n_truncated)
         write_predictions(work, ratings, parts, predicted)
         student(recipe, encoder, ratings, fit, result).save(work.folder / "student")
+        if result.spearman is None or result.spearman < WEAK:
+            log.warning("train: the student hardly follows its teacher; rate more documents or try another encoder")
         return work.finish(result)
 
 
@@ -187,6 +194,7 @@ def report(
         encoder=work.recipe.encoder.model,
         strength=fit.strength,
         good_from=good_from,
+        good_share=float(good.mean()),
         cut=fit.cut,
         spearman=metrics.spearman(truth, guess),
         mae=float(np.mean(np.abs(truth - guess))),

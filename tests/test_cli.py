@@ -128,7 +128,7 @@ def test_status_tells_what_is_done(recipe_file: Path, tmp_path: Path, capsys: py
     assert [states[name]["state"] for name in cli.STAGES] == ["done", "not begun", "not begun", "not begun"]
     assert run(capsys, "status", tmp_path / "run", "--table")[1].count("not begun") == 3
     code, _, err = run(capsys, "status", tmp_path / "nowhere")
-    assert code == 1 and "nowhere does not exist" in err
+    assert code == 1 and "nowhere is no folder" in err
 
 
 def test_a_table_is_printed_for_people(recipe_file: Path, capsys: pytest.CaptureFixture[str]):
@@ -382,6 +382,20 @@ def test_wandb_that_fails_costs_no_result(
     code, _, err = run(capsys, "rate", recipe_file, "--tracking.wandb")
     assert code == 0 and "rate: wandb took nothing (no network)" in err
     assert (tmp_path / "run" / "rate" / "result.json").exists()
+
+
+@pytest.mark.parametrize("product", ["rate/ratings.parquet", "train/student", "filter/kept"])
+def test_a_product_that_was_removed_is_made_again(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], product: str
+):
+    import shutil
+
+    first = json.loads(run(capsys, "run", recipe_file)[1])
+    path = tmp_path / "run" / product
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    code, out, err = run(capsys, "run", recipe_file)
+    assert code == 0, err
+    assert path.exists() and json.loads(out)["filter"]["n_kept"] == first["filter"]["n_kept"]
 
 
 def test_the_kept_corpus_is_the_best_of_the_scored_one(
