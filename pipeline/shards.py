@@ -179,7 +179,7 @@ def fingerprint(shard: Shard) -> str:
 
 def looks_like_hub_name(path: str) -> bool:
     """Whether a path could be owner/name on the Hub."""
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None and not format_of(path)
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) is not None and not format_of(path)
 
 
 @lru_cache(maxsize=4)

@@ -520,3 +520,9 @@ def test_a_folder_without_permission_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     line = complaint(lambda: storage.write_text(tmp_path / "locked" / "a.json", "x"))
     assert "permission denied" in line
+
+
+@pytest.mark.parametrize("path", ["./nodir", "../nodir", "/nodir", "nodir/", ".hidden/x"])
+def test_a_path_that_is_plainly_local_is_never_looked_for_on_the_hub(path: str) -> None:
+    line = listing(Corpus(path=path))
+    assert line == f"corpus.path: {path} does not exist; give a parquet or JSONL file or a folder of them"
