@@ -67,7 +67,7 @@ def run(recipe: Recipe, redo: bool = False) -> FilterResult:
     found = find_shards(scored)
     check_complete(recipe, found)
     with stage("filter", recipe, inputs(recipe, found)) as work:
-        done = work.finished(FilterResult, redo, "kept")
+        done = work.finished(FilterResult, redo, (work.folder / "kept").exists())
         if done:
             return done
         for side in ("kept", "dropped"):

@@ -50,7 +50,7 @@ def run(recipe: Recipe, redo: bool = False) -> RateResult:
     prompt = load_prompt(recipe)
     ask = engine(recipe.teacher)
     with stage("rate", recipe, inputs(recipe, prompt)) as work:
-        done = work.finished(RateResult, redo, "ratings.parquet")
+        done = work.finished(RateResult, redo, (work.folder / "ratings.parquet").exists())
         if done:
             return done
         documents, counts = draw(recipe)

@@ -54,8 +54,8 @@ def run(recipe: Recipe, redo: bool = False) -> ScoreResult:
         out = work.folder / "scored"
         prints = {shard: digest([made_from["settings"], made_from["shards"][shard.name]]) for shard in found}
         tallies = {shard: tally_of(out / shard.name, prints[shard]) for shard in found}
-        done = work.finished(ScoreResult, redo, "scored")
-        if done and None not in tallies.values():
+        done = work.finished(ScoreResult, redo, None not in tallies.values())
+        if done:
             return done
         check_columns(found, recipe)
         storage.sweep(out, keep={shard.name for shard in found})

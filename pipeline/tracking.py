@@ -42,9 +42,9 @@ class Stage:
         self.folder = recipe.run_folder / name
         self.begin = time.perf_counter()
 
-    def finished(self, kind: type[AnyResult], redo: bool, product: str) -> AnyResult | None:
-        """The result, if this stage has been done with the same inputs and its product (a path in its folder) is
-        there; refuses when the inputs changed, unless `redo`."""
+    def finished(self, kind: type[AnyResult], redo: bool, there: bool) -> AnyResult | None:
+        """The result, if this stage has been done with the same inputs and what it made is still `there`; refuses
+        when the inputs changed, unless `redo`."""
         before = read_json(self.folder / "inputs.json")
         done = read_json(self.folder / "result.json")
         made = done is not None or any((self.folder / "scored").glob("*"))
@@ -53,7 +53,6 @@ class Stage:
                 f"{self.name}: {changes(before, self.inputs)} since {self.folder} was made; run again with --redo to"
                 " do it anew (recorded answers are used again), or give another --run-folder"
             )
-        there = (self.folder / product).exists()
         if done is not None and there and before == self.inputs and not (redo and done.get("n_failed")):
             log.info("%s: done already, skipped", self.name)
             return self.read_result(kind, done)

@@ -82,7 +82,7 @@ def run(recipe: Recipe, redo: bool = False) -> TrainResult:
     """Train on the train part, choose on the validation part, report on the test part."""
     path = ratings_path(recipe)
     with stage("train", recipe, inputs(recipe, path)) as work:
-        done = work.finished(TrainResult, redo, "student/head.safetensors")
+        done = work.finished(TrainResult, redo, (work.folder / "student" / "head.safetensors").exists())
         if done:
             return done
         ratings = read(path)

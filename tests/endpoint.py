@@ -21,6 +21,10 @@ import pyarrow.parquet as pq
 
 from pipeline.config import Recipe
 
+CHOICES: dict[str, Any] = {
+    "read": "choices",
+    "choices": [{"value": 5, "answers": [" good"]}, {"value": 0, "answers": [" bad"]}],
+}
 GENERATE = "How good is it?\n\n<text>\n{{ text }}\n</text>\n\nEnd with Score: and a number from 0 to 5."
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import stamina
 from endpoint import (
+    CHOICES,
     GENERATE,
     Asked,
     Reply,
@@ -35,7 +36,6 @@ from pipeline import rate
 from pipeline.engines import openai
 from pipeline.errors import UserError
 
-CHOICES = {"read": "choices", "choices": [{"value": 5, "answers": [" good"]}, {"value": 0, "answers": [" bad"]}]}
 HALF = {" good": math.log(0.3), " bad": math.log(0.1), " ugly": math.log(0.05)}
 
 

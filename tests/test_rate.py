@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import stamina
 from endpoint import (
+    CHOICES,
     Asked,
     Reply,
     corpus,
@@ -39,11 +40,6 @@ from pipeline.corpus import text_id
 from pipeline.errors import UserError
 from pipeline.ratings import SCHEMA, read
 from pipeline.teacher import Answer, AnswerStore
-
-CHOICES: dict[str, Any] = {
-    "read": "choices",
-    "choices": [{"value": 5, "answers": [" good"]}, {"value": 0, "answers": [" bad"]}],
-}
 
 
 @pytest.fixture(autouse=True)
