@@ -9,15 +9,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
 from cyclopts import App, CycloptsError, Parameter
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline import __version__, config
 from pipeline.config import Common, Recipe, Settings
-from pipeline.errors import SettingsError, UserError, required
+from pipeline.errors import Pending, SettingsError, UserError, required
 
 log = logging.getLogger("gristmill")
 
@@ -69,10 +69,46 @@ def rate(
     *,
     common: Annotated[Common, Flat] = Common(),  # noqa: B008
     rate: Annotated[config.Rate, Flat] = config.Rate(),  # noqa: B008
+    probe: bool = False,
     how: Annotated[How, Flat] = How(),  # noqa: B008
 ) -> None:
-    """Stage 1: an LLM rates a sample of the corpus."""
-    execute(["rate"], recipe, {**flags(common), "rate": flags(rate)}, how)
+    """Stage 1: an LLM rates a sample of the corpus.
+
+    Parameters
+    ----------
+    probe
+        Instead, try how far lines in a document can talk the teacher into a better score.
+    """
+    execute(["probe" if probe else "rate"], recipe, {**flags(common), "rate": flags(rate)}, how)
+
+
+@app.command(sort_key=1)
+def plan(
+    recipe: RecipePath = None,
+    /,
+    *,
+    common: Annotated[Common, Flat] = Common(),  # noqa: B008
+    rate: Annotated[config.Rate, Flat] = config.Rate(),  # noqa: B008
+    plan: Annotated[config.Plan, Flat] = config.Plan(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """Before stage 1: the tokens, hours and money that it will take."""
+    execute(["plan"], recipe, {**flags(common), "rate": flags(rate), "plan": flags(plan)}, how)
+
+
+@app.command(sort_key=2)
+def label(
+    recipe: RecipePath = None,
+    /,
+    *,
+    common: Annotated[Common, Flat] = Common(),  # noqa: B008
+    label: Annotated[config.Label, Flat] = config.Label(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """Beside stage 1: an LLM sorts a sample into the labels of a taxonomy."""
+    results = execute(["label"], recipe, {**flags(common), "label": flags(label)}, how)
+    for result in results:
+        importlib.import_module("pipeline.label").check_all_done(result)
 
 
 @app.command(sort_key=2)
@@ -129,21 +165,65 @@ def status(run_folder: Path, /, *, how: Annotated[How, Flat] = How()) -> None:  
     answer(states, how, summary.show_status)
 
 
+class Selection(Settings):
+    """Which documents are shown, and how; not part of the recipe."""
+
+    min_score: float | None = None
+    """Documents with at least this score."""
+    max_score: float | None = None
+    """Documents with at most this score."""
+    unscored: bool = False
+    """Documents without a score or label."""
+    reason: str | None = None
+    """Documents without a score or label for this reason, such as no_score."""
+    contains: str | None = None
+    """Documents with these words, in small or capital letters."""
+    order: Annotated[Literal["score", "-score", "spread", "random"] | None, Parameter(allow_leading_hyphen=True)] = (
+        None
+    )
+    """Lowest score first, highest first (-score), those first on which opinions differ most, or shuffled; without it
+    as in the file."""
+    n: Annotated[int | None, Field(ge=1)] = None
+    """At most so many documents."""
+    chars: Annotated[int, Field(ge=1)] = 600
+    """Characters shown of each text and answer."""
+    seed: int = 0
+    """Seed of shuffling."""
+    export: Annotated[Path | None, Parameter(name="--open")] = None
+    """Write the documents to this CSV, without what the teacher said, for a person to fill in human_score."""
+    as_json: Annotated[bool, Parameter(name="--json")] = False
+    """Answer with one JSON line a document, whole texts."""
+
+
+@app.command(sort_key=6)
+def show(path: Path, /, *, selection: Annotated[Selection, Flat] = Selection()) -> None:  # noqa: B008
+    """Read ratings or labels document by document, or hand some to a person.
+
+    Parameters
+    ----------
+    path
+        Run folder, its rate or label folder, or a file of ratings or labels.
+    """
+    from pipeline import show as reader
+
+    reader.run(path, selection)
+
+
 def flags(settings: Settings) -> dict[str, Any]:
     """Only what was given on the command line; pass-through values are typed as YAML would."""
     given = settings.model_dump(exclude_unset=True)
     teacher = given.get("teacher", {})
-    for name in {"args", "chat_template_args"} & set(teacher):
+    for name in {"args", "chat_template_args", "engine_args"} & set(teacher):
         teacher[name] = {key: yaml.safe_load(str(value)) for key, value in teacher[name].items()}
     return given
 
 
-def execute(stages: Sequence[str], path: Path | None, given: dict[str, Any], how: How) -> None:
-    """Run stages one after another and show what they did."""
+def execute(stages: Sequence[str], path: Path | None, given: dict[str, Any], how: How) -> list[Any]:
+    """Run stages one after another and show what they did; their results."""
     recipe = config.load_recipe(path, given)
     if how.dry_run:
         sys.stdout.write(config.to_yaml(recipe))
-        return
+        return []
     from pipeline import summary
 
     with log_in(recipe.run_folder):
@@ -153,6 +233,7 @@ def execute(stages: Sequence[str], path: Path | None, given: dict[str, Any], how
 
     values = {name: result.model_dump(mode="json") for name, result in results.items()}
     answer({**values, "run_folder": str(recipe.run_folder)}, how, summary.show)
+    return list(results.values())
 
 
 def check_ahead(recipe: Recipe) -> None:
@@ -193,6 +274,8 @@ def main(tokens: Sequence[str] | None = None) -> NoReturn:
         fail(one_line(error), 2)
     except SettingsError as error:
         fail(str(error), 2)
+    except Pending as error:
+        fail(str(error), 75)
     except UserError as error:
         fail(str(error), 1)
     except OSError as error:

@@ -16,6 +16,8 @@ OPERATIONAL = "operational"
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 class Settings(BaseModel):
@@ -53,8 +55,8 @@ class Corpus(Settings):
 class Teacher(Settings):
     """The LLM that rates the sample."""
 
-    engine: Literal["transformers", "openai"] = "transformers"
-    """Who runs it: transformers on this machine, or any OpenAI-compatible endpoint."""
+    engine: Literal["transformers", "vllm", "openai"] = "transformers"
+    """Who runs it: transformers or vLLM on this machine, or any OpenAI-compatible endpoint."""
     model: str | None = None
     """Hub name, folder, .gguf file, or package:NAME/PATH (inside an installed Python package); with openai the
     endpoint's model name."""
@@ -71,7 +73,7 @@ class Teacher(Settings):
     seed: int = 0
     """Seed of sampled answers."""
     args: dict[str, Any] = {}
-    """Passed verbatim to generate(), or into the request body of an endpoint."""
+    """Passed verbatim to generate(), to vLLM's SamplingParams, or into the request body of an endpoint."""
     chat_template_args: dict[str, Any] = {}
     """Passed verbatim to the chat template, such as enable_thinking: false."""
     device: Annotated[str | None, OPERATIONAL] = None
@@ -79,38 +81,114 @@ class Teacher(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of a local teacher; auto is bfloat16 where the hardware multiplies it and float32 elsewhere."""
     batch_tokens: Annotated[Count, OPERATIONAL] = 8192
-    """Tokens in one batch of a local teacher, padding and room for the answer included."""
+    """Tokens in one batch of the transformers engine, padding and room for the answer included."""
+    structured: bool = True
+    """Keep answers to the form that the prompt asks for (a label, JSON, a regex), where the engine can."""
+    tensor_parallel_size: Annotated[Count, OPERATIONAL] = 1
+    """GPUs that share one copy of the model (vllm)."""
+    data_parallel_size: Annotated[Count, OPERATIONAL] = 1
+    """Copies of the model (vllm)."""
+    max_model_len: Count | None = None
+    """Tokens of prompt and answer together (vllm); without it what the model can take."""
+    quantization: str | None = None
+    """Quantisation method (vllm), such as fp8 or awq; without it what the model's files say."""
+    gpu_memory_utilization: Annotated[Share | None, OPERATIONAL] = None
+    """Share of the GPU's memory that vLLM takes; without it its own default."""
+    engine_args: dict[str, Any] = {}
+    """Passed verbatim to vLLM's engine, such as enforce_eager: true."""
     base_url: Annotated[str | None, OPERATIONAL] = None
     """Endpoint, such as http://localhost:8000/v1; without it OpenAI's own."""
     api_key_env: Annotated[str, OPERATIONAL] = "OPENAI_API_KEY"
     """Name of the environment variable that holds the endpoint's key; the key itself is never written anywhere."""
     tokenizer: str | None = None
-    """Hub name or folder of the endpoint model's tokenizer, to cut documents by tokens; without it 4 bytes count as
-    one."""
+    """Hub name or folder of the endpoint model's tokenizer, to cut documents by tokens and, on a vLLM server, to ask
+    for the probabilities of exactly the candidates; without it 4 bytes count as one token."""
     top_logprobs: Annotated[int, Field(ge=1, le=1000)] = 20
-    """How many likeliest tokens an endpoint is asked for (prompts that compare choices)."""
-    concurrency: Annotated[int, Field(ge=1, le=1000), OPERATIONAL] = 16
-    """Requests in flight at an endpoint."""
+    """How many likeliest tokens an endpoint is asked for (prompts that compare choices), if it cannot be asked for the
+    candidates themselves."""
+    concurrency: Annotated[int, Field(ge=1, le=4096), OPERATIONAL] = 16
+    """Requests in flight (vllm, openai)."""
     timeout_s: Annotated[float, Field(gt=0), OPERATIONAL] = 120
     """Seconds before one request to an endpoint counts as failed."""
-    retries: Annotated[int, Field(ge=0), OPERATIONAL] = 5
-    """Times a failed request is sent again, with growing pauses."""
+    retries: Annotated[int, Field(ge=0), OPERATIONAL] = 7
+    """Times a failed request is sent again, with growing pauses: about a minute in all."""
+    batch_folder: Annotated[Path | None, OPERATIONAL] = None
+    """Don't send requests: write them here in OpenAI's batch format, and read the answers from the files put beside
+    them (openai)."""
+    usd_per_million_prompt_tokens: Annotated[NotNegative | None, OPERATIONAL] = None
+    """Price of a million prompt tokens, for plan and rate.budget_usd."""
+    usd_per_million_answer_tokens: Annotated[NotNegative | None, OPERATIONAL] = None
+    """Price of a million answer tokens."""
 
 
-class Rate(Settings):
+class Asking(Settings):
+    """What is asked about, and how much that may cost."""
+
+    sample: Count = 2000
+    """Documents drawn from the whole corpus."""
+    stratify_by: str | None = None
+    """Draw equally from each value of this column; or, where no column is called so, from each length (doubling
+    classes of characters) or each source (first folder below corpus.path)."""
+    stratum_floor: Count | None = None
+    """Instead of equal shares, draw uniformly, but at least so many from each stratum."""
+    budget_usd: Annotated[Positive | None, OPERATIONAL] = None
+    """Stop, with a result that the same command can extend, before the recorded answers have cost more."""
+    budget_tokens: Annotated[Count | None, OPERATIONAL] = None
+    """The same for prompt and answer tokens together."""
+    budget_minutes: Annotated[Positive | None, OPERATIONAL] = None
+    """The same for the time spent asking, this time."""
+    max_unscored_rate: Annotated[float, Field(ge=0, le=1), OPERATIONAL] = 0.5
+    """Stop if a larger share of what was asked ends without a readable answer."""
+
+
+class Rate(Asking):
     """Stage 1: the teacher rates a sample."""
 
     prompt: Path | None = None
     """Prompt file (Markdown with front matter)."""
-    sample: Count = 2000
-    """Documents to rate, drawn uniformly from the whole corpus."""
-    stratify_by: str | None = None
-    """Draw equally from each value of this column instead."""
+    more_prompts: tuple[Path, ...] = ()
+    """Further prompts on the same scale; each gives a further opinion."""
+    more_teachers: tuple[dict[str, Any], ...] = ()
+    """Further teachers: settings laid over those of `teacher`; each gives a further opinion."""
+    repeats: Count = 1
+    """Opinions of each teacher with each prompt: with another seed (temperature above 0) or another order of choices
+    (permute)."""
+    permute: bool = False
+    """List the choices in another order at each repeat (prompts with {{ choices }})."""
+    consensus: Literal["mean", "median"] = "mean"
+    """How several opinions become one score."""
+    calibrate: bool = False
+    """Contextual calibration (arXiv:2102.09690): take off what the teacher says of an empty document (prompts that
+    read choices)."""
+    gold: Path | None = None
+    """File of human scores (CSV, JSONL or parquet with id or text, and one or more columns human*), to measure the
+    teacher against; those of its documents that are not in the sample are rated beside it."""
     gold_column: str | None = None
-    """Column with a known quality (true/false or a number), to measure teacher and student against; never shown to
-    them."""
-    max_unscored_rate: Annotated[float, Field(ge=0, le=1), OPERATIONAL] = 0.5
-    """Stop if a larger share of the sample ends without a score."""
+    """Column of the corpus with a known quality (true/false or a number), to measure teacher and student against;
+    never shown to them."""
+    probe_documents: Annotated[Count, OPERATIONAL] = 50
+    """Documents of the sample that rate --probe tries adversarial lines on."""
+
+
+class Label(Asking):
+    """Beside stage 1: the teacher sorts a sample into the labels of a taxonomy."""
+
+    prompt: Path | None = None
+    """Prompt file with read: label."""
+    datasets: Path | None = None
+    """Text file with a corpus a line (path, and a text column after a tab, if it has another); labelled one after the
+    other with the model loaded once, each in a folder of its own."""
+
+
+class Plan(Settings):
+    """What rating will take, before it is paid for."""
+
+    count_on: Annotated[Count, OPERATIONAL] = 200
+    """Documents of the sample whose tokens are counted."""
+    answer_tokens: Annotated[Positive | None, OPERATIONAL] = None
+    """Mean length of an answer; without it that of the answers recorded in the run folder, else teacher.max_tokens."""
+    tokens_per_s: Annotated[Positive | None, OPERATIONAL] = None
+    """Prompt and answer tokens a second; without it the speed measured when the run folder was last rated."""
 
 
 class Encoder(Settings):
@@ -134,7 +212,9 @@ class Train(Settings):
     """Stage 2: a linear head on the frozen encoder learns the ratings."""
 
     ratings: Path | None = None
-    """Ratings to learn from; without it those of the run folder."""
+    """Ratings or labels to learn from; without it those of the run folder."""
+    targets: tuple[str, ...] = ("score",)
+    """Columns to learn: score or a named attribute of the ratings, or a column of the labels."""
     validation_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
     """Share of the ratings on which cuts are chosen."""
     test_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
@@ -199,7 +279,9 @@ class Common(Settings):
 class Recipe(Common):
     """A whole run: a section per stage."""
 
+    plan: Plan = Plan()
     rate: Rate = Rate()
+    label: Label = Label()
     train: Train = Train()
     score: Score = Score()
     filter: Filter = Filter()

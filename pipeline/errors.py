@@ -15,6 +15,10 @@ class SettingsError(UserError):
     """A flag or a recipe that cannot be read; the command line exits 2."""
 
 
+class Pending(UserError):
+    """Something outside has to be done first; the command line exits 75, and the same command goes on."""
+
+
 def required(value: T | None, setting: str, example: str) -> T:
     """The value of a setting that this stage cannot do without."""
     if value is None:

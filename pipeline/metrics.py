@@ -1,12 +1,17 @@
 """Pure functions on arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Interval = tuple[float, float]
+"""Low and high end of a 95% confidence interval."""
+Figures = dict[str, int | float | Interval | None]
+"""Figures by name; None where one is not defined."""
 
 
 def int_scores(scores: NDArray[np.floating], scale: tuple[float, float]) -> NDArray[np.int8]:
@@ -62,20 +67,157 @@ def best_cut(truth: Bools, predicted: Floats) -> float:
     return float((ranked[best] + below) / 2)
 
 
+def quadratic_weighted_kappa(
+    a: NDArray[np.integer], b: NDArray[np.integer], scale: tuple[float, float]
+) -> float | None:
+    """Cohen's kappa of whole scores, a miss weighted by its square; None where both sides are one constant."""
+    from sklearn.metrics import cohen_kappa_score
+
+    if len(a) == 0 or (np.ptp(a) == 0 and np.ptp(b) == 0 and a[0] == b[0]):
+        return None
+    labels = np.arange(np.ceil(scale[0]), np.floor(scale[1]) + 1).astype(int)
+    return float(cohen_kappa_score(a, b, labels=labels, weights="quadratic"))
+
+
+# -- agreement with a known quality -----------------------------------------------------------------------------------
+
+
 def is_binary(gold: Sequence[float | None]) -> bool:
     """Whether a known quality is true/false."""
     return {value for value in gold if value is not None} <= {0.0, 1.0}
 
 
-def against_gold(scores: Floats, gold: Sequence[float | None], binary: bool) -> dict[str, float | int | None] | None:
-    """Agreement with a known quality: AUC where that is true/false, else Spearman; None where nothing is known."""
+def against_gold(
+    scores: Floats, gold: Sequence[float | None], binary: bool, scale: tuple[float, float] | None = None
+) -> Figures | None:
+    """Agreement with a known quality, with 95% intervals; None where nothing is known.
+
+    AUC where the quality is true/false; else Spearman, and where it is on the `scale` of the scores, all of
+    `agreement`.
+    """
     known = np.array([value is not None for value in gold], dtype=bool)
     truth = np.array([value for value in gold if value is not None], dtype=np.float64)
     if not known.any():
         return None
     if binary:
-        return {"n": len(truth), "auc": auc(truth == 1.0, scores[known])}
-    return {"n": len(truth), "spearman": spearman(truth, scores[known])}
+        return separation(truth == 1.0, scores[known])
+    if scale:
+        return agreement(scores[known], truth, scale)
+    return correlation(scores[known], truth)
+
+
+def separation(positive: Bools, scores: Floats) -> Figures:
+    """How well scores tell the positive documents from the others."""
+    interval = bootstrap_interval(auc_rows, positive, scores, by_row=True)
+    return {"n": len(scores), "auc": auc(positive, scores), "auc_interval": interval}
+
+
+def correlation(a: Floats, b: Floats) -> Figures:
+    """How alike two raters rank documents."""
+    interval = bootstrap_interval(spearman_rows, a, b, by_row=True)
+    return {"n": len(a), "spearman": spearman(a, b), "spearman_interval": interval}
+
+
+def agreement(
+    a: Sequence[float | None] | Floats, b: Sequence[float | None] | Floats, scale: tuple[float, float]
+) -> Figures:
+    """How alike two raters rank documents (Spearman) and grade them (quadratic weighted kappa of the int scores), and
+    how much higher the first one is. Documents that one of them left out (None, NaN) do not count."""
+    first, second = paired(a, b)
+    ints = int_scores(first, scale), int_scores(second, scale)
+    return {
+        **correlation(first, second),
+        "kappa": quadratic_weighted_kappa(*ints, scale),
+        "kappa_interval": bootstrap_interval(kappa_rows, *ints, by_row=True),
+        "mean_difference": float((first - second).mean()) if len(first) else None,
+    }
+
+
+def paired(a: Sequence[float | None] | Floats, b: Sequence[float | None] | Floats) -> tuple[Floats, Floats]:
+    """The values of two raters where both have one (not None, not NaN)."""
+    first, second = np.array(a, dtype=np.float64), np.array(b, dtype=np.float64)
+    both = ~(np.isnan(first) | np.isnan(second))
+    return first[both], second[both]
+
+
+RESAMPLED = 2**20
+"""Documents drawn at a time, over all resamples."""
+
+
+def bootstrap_interval(
+    statistic: Callable[..., Any], *arrays: NDArray[Any], seed: int = 0, n: int = 1000, by_row: bool = False
+) -> Interval | None:
+    """95% percentile interval of a statistic over `n` resamples of the documents (Efron & Tibshirani 1993, ch. 13).
+
+    The statistic takes the arrays, (n_documents,) each, and gives a number or None; with `by_row` it takes them as
+    (n_resamples, n_documents) and gives (n_resamples,), NaN for None. Resamples without a value are left out; the
+    interval is None if they are the majority, or if there are fewer than three documents.
+    """
+    if len(arrays[0]) < 3:
+        return None
+    values = np.concatenate(
+        [statistic(*rows) if by_row else one_by_one(statistic, rows) for rows in resamples(arrays, seed, n)]
+    )
+    defined = values[~np.isnan(values)]
+    if len(defined) <= n // 2:
+        return None
+    low, high = np.quantile(defined, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def resamples(arrays: Sequence[NDArray[Any]], seed: int, n: int) -> Iterator[list[NDArray[Any]]]:
+    """The arrays at the same documents, drawn with replacement: (n_resamples, n_documents) each, a part at a time."""
+    rng = np.random.default_rng(seed)
+    n_documents = len(arrays[0])
+    at_a_time = max(1, RESAMPLED // n_documents)
+    for start in range(0, n, at_a_time):
+        drawn = rng.integers(0, n_documents, (min(at_a_time, n - start), n_documents))
+        yield [array[drawn] for array in arrays]
+
+
+def one_by_one(statistic: Callable[..., float | None], rows: list[NDArray[Any]]) -> Floats:
+    """A statistic of each row, NaN for None."""
+    return np.array([statistic(*row) for row in zip(*rows, strict=True)], dtype=np.float64)
+
+
+def spearman_rows(a: Floats, b: Floats) -> Floats:
+    """Spearman of each row of (n_resamples, n), NaN where one side is constant."""
+    first, second = centred(ranks(a)), centred(ranks(b))
+    spread = np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1))
+    return ratio((first * second).sum(axis=1), spread)
+
+
+def auc_rows(positive: Bools, scores: Floats) -> Floats:
+    """AUC of each row of (n_resamples, n), from the rank sum (Mann-Whitney), NaN where one kind is missing."""
+    n_positive = positive.sum(axis=1)
+    above = (ranks(scores) * positive).sum(axis=1) - n_positive * (n_positive + 1) / 2
+    return ratio(above, n_positive * (positive.shape[1] - n_positive))
+
+
+def kappa_rows(a: NDArray[np.integer], b: NDArray[np.integer]) -> Floats:
+    """Quadratic weighted kappa of each row of (n_resamples, n): one less the squared misses over those of chance."""
+    first, second = a.astype(np.float64), b.astype(np.float64)
+    misses = ((first - second) ** 2).mean(axis=1)
+    chance = first.var(axis=1) + second.var(axis=1) + (first.mean(axis=1) - second.mean(axis=1)) ** 2
+    return 1 - ratio(misses, chance)
+
+
+def ranks(rows: Floats) -> Floats:
+    """Ranks within each row, from 1, ties at their mean rank."""
+    from scipy.stats import rankdata
+
+    return np.asarray(rankdata(rows, axis=1), dtype=np.float64)
+
+
+def centred(rows: Floats) -> Floats:
+    """Rows less their means."""
+    return np.asarray(rows - rows.mean(axis=1, keepdims=True))
+
+
+def ratio(above: NDArray[Any], below: NDArray[Any]) -> Floats:
+    """Quotients, NaN where the divisor is zero."""
+    undefined = np.full(len(above), np.nan)
+    return np.asarray(np.divide(above, below, out=undefined, where=below > 1e-12))
 
 
 # -- exact order statistics in constant memory

@@ -1,5 +1,6 @@
 """Models by name: where they are, and what they run on."""
 
+import functools
 import importlib.util
 import logging
 from pathlib import Path
@@ -40,6 +41,20 @@ def locate_in_package(name: str, setting: str) -> str:
     if not path.exists():
         raise UserError(f"{setting}: package {package} holds no {inside}")
     return str(path)
+
+
+@functools.lru_cache(maxsize=2)
+def load_tokenizer(name: str, setting: str, revision: str | None = None) -> Any:
+    """The tokenizer of a Hub name, folder or .gguf file."""
+    transformers, where = needs("transformers", "torch"), locate(name, setting)
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    if where.endswith(".gguf"):
+        needs("gguf", "demo")
+        where, options = str(Path(where).parent), {"gguf_file": Path(where).name}
+    try:
+        return transformers.AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{setting}: no tokenizer of {name} ({' '.join(str(error).split())[:200]})") from None
 
 
 def pick_device(device: str | None) -> str:

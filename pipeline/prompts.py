@@ -2,18 +2,22 @@
 
 import difflib
 import math
+import random
 import re
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from pipeline.config import Settings, digest
 from pipeline.errors import UserError
+from pipeline.taxonomy import Taxonomy
+from pipeline.taxonomy import load as load_taxonomy
 
 PLACE = re.compile(r"\{\{\s*text\s*\}\}")
 LABELS = re.compile(r"\{\{\s*labels\s*\}\}")
+CHOICES = re.compile(r"\{\{\s*choices\s*\}\}")
 CUT_MARK = " […]"
 """Ends a document that was cut, so that the teacher doesn't take the break for bad writing."""
 
@@ -23,17 +27,10 @@ NUMBER = (
     rf"(?:{GAP}(?:/|(?:out{GAP})?of\b|de\b|sobre\b){GAP}(?P<out_of>\d+(?:[.,]\d+)?))?"
 )
 """A number and the scale it names (3, 3.5, 3,5, 3/5, 3 out of 5, 3 de 5), never the tail of a longer number."""
-EMPHASIS = re.compile(r"[*`]+|\b_+|_+\b")
-RANGE_GOES_ON = re.compile(rf"{GAP}(?:[-–—~]|(?:to|or|a|o)\b){GAP}\d", re.IGNORECASE)
-LINE_ENDS = re.compile(r"[^\w\n]*\n")
-REFUSAL = re.compile(
-    r"\s*(?:sorry|i(?:['’]?m| am) (?:sorry|unable)|i (?:can['’]?t|cannot|won['’]t)|lo siento|no puedo)\b",
-    re.IGNORECASE,
-)
+TAKEN = {"id", "text", "score", "reason", "spread", "n_opinions", "stratum", "gold", "opinions", "int_score"}
+"""Columns of the ratings and of scored shards that no attribute may be called."""
 BREAKS = r"\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029"
 """Everything that ends a line."""
-
-Reason = Literal["no_score", "truncated", "refused", "request_failed"]
 
 
 class Choice(Settings):
@@ -41,6 +38,8 @@ class Choice(Settings):
 
     value: FiniteFloat
     answers: tuple[str, ...]
+    meaning: str = ""
+    """What the prompt says of it at {{ choices }}."""
 
 
 class Line(Settings):
@@ -56,28 +55,40 @@ class Prompt(Settings):
     name: str
     body: str
     """The user's turn, with {{ text }} where the document goes."""
-    read: Literal["generate", "choices", "label"]
+    read: Literal["generate", "choices", "json", "label"]
     """generate: the score is read from the answer. choices: from the probabilities of candidate answers, nothing is
-    generated. label: the answer is one of `labels`."""
+    generated. json: the answer is an object of named scores. label: the answer is one of `labels`, or several."""
     scale: tuple[FiniteFloat, FiniteFloat] = (0, 5)
     """Lowest and highest score."""
     pattern: str = r"score\W{0,3}\s*{number}"
     """Regular expression, case ignored, whose last match holds the score; {number} stands for the number. Emphasis
     (* ` and _ around words) is taken out of the answer first."""
+    regex: str | None = None
+    """The form of the whole answer (read: generate), kept to by engines with structured output."""
+    attributes: dict[str, tuple[FiniteFloat, FiniteFloat]] = Field(default_factory=dict)
+    """Named scores and their scales (read: json)."""
+    main: str | None = None
+    """The attribute that is the score; without it the first."""
+    rationale: str | None = None
+    """Name of a text that the answer's JSON object begins with (read: json or label)."""
     choices: tuple[Choice, ...] = ()
     """Groups of candidate answers, each spelled exactly as it would follow, leading space included."""
     normalise: bool = True
     """Divide by the probability of all candidates together; false leaves them raw, as Ask-LLM does."""
     line: Line | None = None
     """For two groups: score from the log-odds of the higher against the lower, instead of the expected value."""
-    labels: tuple[str, ...] = ()
-    """The labels to choose from, listed in the prompt at {{ labels }}."""
+    labels: Taxonomy | None = None
+    """The labels to choose from, listed in the prompt at {{ labels }}: a list, or a YAML file beside the prompt."""
+    multi: bool = False
+    """A document may have several labels."""
     system: str | None = None
     """System turn; an empty one keeps a chat template from adding its own."""
     answer_start: str = ""
     """What the teacher's answer is made to begin with."""
     chat: bool = True
     """Apply the model's chat template; false sends the text as it is (base models, T5)."""
+    order: int = Field(default=0, ge=0)
+    """0 lists choices and labels as written, any other number in an order of its own."""
 
     @model_validator(mode="after")
     def _check(self) -> "Prompt":
@@ -88,7 +99,12 @@ class Prompt(Settings):
             raise ValueError(f"scale {list(self.scale)} must rise")
         if self.scale[0] < -128 or self.scale[1] > 127 or math.ceil(self.scale[0]) > math.floor(self.scale[1]):
             raise ValueError(f"scale {list(self.scale)} needs a whole number and must stay in -128 to 127 (int_score)")
-        checks = {"generate": check_pattern, "choices": check_choices, "label": check_labels}
+        checks = {
+            "generate": check_pattern,
+            "choices": check_choices,
+            "json": check_attributes,
+            "label": check_labels,
+        }
         checks[self.read](self)
         return self
 
@@ -101,13 +117,50 @@ class Prompt(Settings):
     def asked_digest(self) -> str:
         """Fingerprint of what the teacher sees: an answer is good for as long as this stays the same, whatever is
         changed about how it is read."""
-        asked = self.model_dump(mode="json", include={"body", "system", "answer_start", "chat", "labels"})
-        return digest({**asked, "candidates": sorted(sorted(choice.answers) for choice in self.choices)})
+        asked = {"around": self.around(), **self.model_dump(mode="json", include={"system", "answer_start", "chat"})}
+        form = self.form._asdict() if self.form else None
+        return digest({**asked, "form": form, "candidates": sorted(sorted(choice.answers) for choice in self.choices)})
 
     @property
     def candidates(self) -> tuple[str, ...]:
         """All candidate answers."""
         return tuple(answer for choice in self.choices for answer in choice.answers)
+
+    @property
+    def scales(self) -> dict[str, tuple[float, float]]:
+        """The scale of each named score (read: json)."""
+        return dict(self.attributes)
+
+    @property
+    def lists_options(self) -> bool:
+        """Whether the text lists choices or labels, whose order can be changed."""
+        return bool(CHOICES.search(self.body) or LABELS.search(self.body))
+
+    @property
+    def form(self) -> "Form | None":
+        """The form that a readable answer has, for engines with structured output."""
+        if self.read == "generate" and self.regex is not None:
+            return Form("regex", self.regex)
+        if self.read == "json":
+            numbers = {
+                name: {"type": "number", "minimum": a, "maximum": b} for name, (a, b) in self.attributes.items()
+            }
+            return Form("json", self.schema_of(numbers))
+        if self.read != "label" or self.labels is None:
+            return None
+        if not self.multi and self.rationale is None:
+            gap = " " if self.answer_start and not self.answer_start[-1].isspace() else ""
+            return Form("choice", [gap + path for path in self.labels.paths])
+        one: dict[str, Any] = {"type": "string", "enum": list(self.labels.paths)}
+        return Form(
+            "json", self.schema_of({"labels": {"type": "array", "items": one}} if self.multi else {"label": one})
+        )
+
+    def schema_of(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """JSON schema of an object with these fields, the rationale first."""
+        first = {self.rationale: {"type": "string"}} if self.rationale else {}
+        fields = {**first, **fields}
+        return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
 
     def turns(self, document: str) -> list[dict[str, str]]:
         """The conversation, with the document in its place; the document itself is never searched for places."""
@@ -116,9 +169,12 @@ class Prompt(Settings):
         return [*system, {"role": "user", "content": before + document + after}]
 
     def around(self) -> tuple[str, str]:
-        """The body before and after the document, labels filled in."""
-        listed = "\n".join(f"- {label}" for label in self.labels)
-        before, after = (LABELS.sub(lambda _: listed, part) for part in PLACE.split(self.body))
+        """The body before and after the document, labels and choices filled in."""
+        labels = self.labels.listed(self.order) if self.labels else ""
+        lines = [f"{choice.answers[0].strip()}: {choice.meaning}" for choice in self.choices if choice.answers]
+        lines = arranged(lines, self.order)
+        parts = (LABELS.sub(lambda _: labels, part) for part in PLACE.split(self.body))
+        before, after = (CHOICES.sub(lambda _: "\n".join(lines), part) for part in parts)
         return before, after
 
     def fence(self, document: str) -> str:
@@ -127,6 +183,16 @@ class Prompt(Settings):
         for mark in dict.fromkeys(before.rstrip().splitlines()[-1:] + after.lstrip().splitlines()[:1]):
             document = mark_pattern(mark).sub(r"\g<indent>\g<first>\\\g<rest>", document)
         return document
+
+
+def arranged(lines: list[str], order: int) -> list[str]:
+    """The lines as they are (0), turned round (1), or in an arrangement like none before it while there are any."""
+    known = [lines, lines[::-1]]
+    shuffled = random.Random(0)  # noqa: S311
+    while len(known) <= order and len(known) < math.factorial(len(lines)):
+        tried = shuffled.sample(lines, len(lines))
+        known += [tried] if tried not in known else []
+    return known[order % len(known)]
 
 
 def mark_pattern(mark: str) -> re.Pattern[str]:
@@ -141,13 +207,11 @@ def mark_pattern(mark: str) -> re.Pattern[str]:
     return re.compile(rf"(?P<indent>{begin})(?P<first>{re.escape(first)})(?P<rest>{spaced}){end}", re.IGNORECASE)
 
 
-class Reading(NamedTuple):
-    """A score, or the reason there is none. `mass`: probability of all candidates; `entropy` in nats, over groups."""
+class Form(NamedTuple):
+    """Structured output: one of several texts, a JSON schema, or a regular expression."""
 
-    score: float | None
-    reason: Reason | None = None
-    mass: float | None = None
-    entropy: float | None = None
+    kind: Literal["choice", "json", "regex"]
+    value: Any
 
 
 def check_pattern(prompt: Prompt) -> None:
@@ -177,19 +241,39 @@ def check_choices(prompt: Prompt) -> None:
         raise ValueError(f"raw probabilities can fall to 0, below the scale's {low:g}")
 
 
+def check_attributes(prompt: Prompt) -> None:
+    """Refuse names that cannot be columns, or scales that fall."""
+    if not prompt.attributes:
+        raise ValueError("read: json needs attributes, such as clarity: [0, 5]")
+    for name, (low, high) in prompt.attributes.items():
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in TAKEN or name == prompt.rationale:
+            raise ValueError(f"attribute {name!r} cannot be a column; use small letters, digits and _")
+        if not low < high:
+            raise ValueError(f"attribute {name}: the scale {[low, high]} must rise")
+    if prompt.main is not None and prompt.main not in prompt.attributes:
+        raise ValueError(f"main: {prompt.main!r} is none of the attributes {', '.join(prompt.attributes)}")
+
+
 def check_labels(prompt: Prompt) -> None:
     """Refuse a label prompt without labels or without a place for them."""
-    if not prompt.labels or len(LABELS.findall(prompt.body)) != 1:
+    if prompt.labels is None or len(LABELS.findall(prompt.body)) != 1:
         raise ValueError("read: label needs labels, and {{ labels }} exactly once in the text")
+    if prompt.rationale in ("label", "labels"):
+        raise ValueError(f"rationale: {prompt.rationale} is where the answer goes; call it reason")
 
 
-def load(path: Path) -> Prompt:
-    """Read a prompt file."""
+def score_pattern(pattern: str) -> re.Pattern[str]:
+    """The prompt's pattern with {number} spelled out."""
+    return re.compile(pattern.replace("{number}", NUMBER), re.IGNORECASE)
+
+
+def load(path: Path, setting: str = "rate.prompt") -> Prompt:
+    """Read a prompt file; `setting` is where it was named."""
     try:
         raw = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"rate.prompt: {path} cannot be read ({error}); give a prompt file such as prompts/edu-en.md"
+            f"{setting}: {path} cannot be read ({error}); give a prompt file such as prompts/edu-en.md"
         ) from None
     match = re.match(r"---\n(.*?)\n---\n(.*)", raw, re.DOTALL)
     if match is None:
@@ -200,6 +284,10 @@ def load(path: Path) -> Prompt:
         raise UserError(f"{path}: the front matter is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(front, dict):
         raise UserError(f"{path}: the front matter is not a mapping; write one setting: value a line")
+    if isinstance(front.get("labels"), str):
+        front["labels"] = load_taxonomy(path.parent / front["labels"])
+    if front.get("attributes") and isinstance(front["attributes"], dict) and "scale" not in front:
+        front["scale"] = front["attributes"].get(front.get("main"), next(iter(front["attributes"].values())))
     try:
         return Prompt.model_validate({"name": path.stem, **front, "body": match[2].strip()})
     except ValidationError as error:
@@ -221,81 +309,3 @@ def one_line(error: ValidationError) -> str:
     elif key and first["type"] != "missing":
         message += f", got {first['input']!r}"
     return f"{key}: {message}" if key else message
-
-
-# -- reading answers --------------------------------------------------------------------------------------------------
-
-
-def score_pattern(pattern: str) -> re.Pattern[str]:
-    """The prompt's pattern with {number} spelled out."""
-    return re.compile(pattern.replace("{number}", NUMBER), re.IGNORECASE)
-
-
-def read_text(prompt: Prompt, answer: str, finished: bool) -> Reading:
-    """The score in a written answer: its last match, if that is on the scale.
-
-    Bold, "3/5", a decimal comma and case are understood. A fraction of another scale or a range is no score; in an
-    unfinished answer only a score that ends its line counts, because anything else may be a quotation or go on.
-    """
-    plain = EMPHASIS.sub("", answer)
-    *_, last = [None, *score_pattern(prompt.pattern).finditer(plain)]
-    score = on_scale(prompt, last) if last else None
-    if score is not None and last and (finished or LINE_ENDS.match(plain, last.end())):
-        return Reading(score)
-    if not finished:
-        return Reading(None, "truncated")
-    return Reading(None, "refused" if REFUSAL.match(plain) else "no_score")
-
-
-def on_scale(prompt: Prompt, match: re.Match[str]) -> float | None:
-    """The matched number, if it is a single number of the prompt's scale."""
-    number, out_of = (to_float(match[name]) for name in ("number", "out_of"))
-    other_scale = out_of is not None and out_of != prompt.scale[1]
-    if number is None or other_scale or RANGE_GOES_ON.match(match.string, match.end()):
-        return None
-    return number if prompt.scale[0] <= number <= prompt.scale[1] else None
-
-
-def to_float(written: str | None) -> float | None:
-    """A written number, with a decimal point or comma."""
-    return None if written is None else float(written.replace(",", ".").replace("−", "-"))
-
-
-def read_choices(prompt: Prompt, log_probs: dict[str, float]) -> Reading:
-    """The score in the candidates' log-probabilities (natural, over the full vocabulary).
-
-    Normalised: sum of value x p / sum of p. Raw: sum of value x p, P(yes) of Ask-LLM (arXiv:2402.09668). With a line:
-    offset + slope x log-odds, clipped to the scale; no score where an endpoint did not show one of the sides.
-    """
-    groups = [(choice.value, log_sum_exp([log_probs[a] for a in choice.answers])) for choice in prompt.choices]
-    total = log_sum_exp([log_p for _, log_p in groups])
-    if total == -math.inf:
-        return Reading(None, "no_score", mass=0.0)
-    shares = [(value, math.exp(log_p - total)) for value, log_p in groups]
-    entropy = -sum(p * math.log(p) for _, p in shares if p > 0)
-    mass = math.exp(total)
-    score = sum(value * p for value, p in shares) * (1 if prompt.normalise else mass)
-    if prompt.line is not None:
-        odds = log_odds(groups)
-        if not math.isfinite(odds):
-            return Reading(None, "no_score", mass, entropy)
-        score = prompt.line.offset + prompt.line.slope * odds
-    return Reading(clip(score, prompt.scale), None, mass, entropy)
-
-
-def log_odds(groups: list[tuple[float, float]]) -> float:
-    """log P(higher value) - log P(lower value); groups of the same value count together."""
-    high = max(value for value, _ in groups)
-    up = log_sum_exp([log_p for value, log_p in groups if value == high])
-    return up - log_sum_exp([log_p for value, log_p in groups if value != high])
-
-
-def log_sum_exp(logs: list[float]) -> float:
-    """log of the sum of exponentials, -inf for none."""
-    top = max(logs, default=-math.inf)
-    return top if top == -math.inf else top + math.log(sum(math.exp(value - top) for value in logs))
-
-
-def clip(value: float, scale: tuple[float, float]) -> float:
-    """The nearest value on the scale."""
-    return min(max(value, scale[0]), scale[1])

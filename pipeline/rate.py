@@ -1,19 +1,26 @@
-"""Stage 1: a teacher rates a sample of the corpus."""
+"""Stage 1: a teacher, or several, rate a sample of the corpus."""
 
+import hashlib
 import logging
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pipeline import metrics, prompts, ratings, teacher
+from pipeline import consensus, metrics, panel, ratings, teacher
+from pipeline import gold as golds
 from pipeline.config import Recipe
-from pipeline.engines import engine
-from pipeline.errors import UserError, required
-from pipeline.prompts import Prompt, Reading
-from pipeline.sample import Document, sample
+from pipeline.consensus import Verdict
+from pipeline.errors import UserError
+from pipeline.gold import GoldDocument
+from pipeline.metrics import Floats
+from pipeline.panel import Opinions, Rater
+from pipeline.sample import Document, draw, where_rows_went
 from pipeline.shards import Counts, find_shards, fingerprint
-from pipeline.teacher import Answer, AnswerStore, Question
-from pipeline.tracking import Result, Stage, progress, stage
+from pipeline.spending import Spending
+from pipeline.teacher import AnswerStore
+from pipeline.tracking import Result, Stage, read_json, stage
 
 log = logging.getLogger("gristmill")
 
@@ -21,8 +28,6 @@ log = logging.getLogger("gristmill")
 class RateResult(Result):
     """What stage 1 did. Rates are shares of the sample; `mass` is the mean probability of all candidates."""
 
-    n_failed: int
-    """Documents whose request failed; --redo asks again about them."""
     n_rows: int
     n_empty: int
     n_bad_rows: int
@@ -31,143 +36,225 @@ class RateResult(Result):
     """Rows with text that the sample left out, copies of a drawn text among them."""
     n_sampled: int
     n_scored: int
+    n_raters: int
     n_asked: int
+    """Answers paid for in this run; the others were recorded before."""
     n_reused: int
+    n_failed: int
+    """Opinions whose request failed; --redo asks for them again."""
+    n_not_asked: int
+    """Opinions that the budget left out; the same command with more of it goes on."""
+    stopped_by: str | None
     n_truncated: int
+    """Documents cut to teacher.document_tokens."""
     unscored: dict[str, int]
     unscored_rate: float
+    strata: dict[str, int]
     int_score_counts: dict[str, int]
     mean_score: float | None
+    attributes: dict[str, float | None]
+    """Mean of each named score."""
+    mean_spread: float | None
     mass: float | None
     prompt_tokens: int
     answer_tokens: int
+    usd: float | None
+    """At the prices given; None without them."""
+    tokens_per_s: float | None
+    """Prompt and answer tokens a second, loading left out."""
     docs_per_s: float | None
-    gold: dict[str, float | int | None] | None
+    planned: dict[str, float | None] | None
+    """What `gristmill plan` expected, if it was asked."""
+    opinions: list[dict[str, Any]]
+    """Each rater: how many it scored, its mean, what was unscored."""
+    agreement: list[dict[str, Any]]
+    """Between repeats, prompts and teachers: the ceiling of any student."""
+    gold: dict[str, Any] | None
+    """Against the corpus's own column of known quality."""
+    human: dict[str, Any] | None
+    """Against the file of human scores."""
 
 
 def run(recipe: Recipe, redo: bool = False) -> RateResult:
     """Rate a sample; answers already recorded are not asked for again."""
-    prompt = load_prompt(recipe)
-    ask = engine(recipe.teacher)
-    with stage("rate", recipe, inputs(recipe, prompt)) as work:
+    raters = panel.of(recipe)
+    with stage("rate", recipe, inputs(recipe, raters)) as work:
         done = work.finished(RateResult, redo, (work.folder / "ratings.parquet").exists())
         if done:
             return done
-        documents, counts = draw(recipe)
-        asked = teacher.questions(prompt, recipe.teacher, [document.text for document in documents])
+        documents, counts = draw(recipe.corpus, recipe.rate, recipe.seed, recipe.rate.gold_column)
+        people = golds.read(recipe.rate.gold)[0] if recipe.rate.gold else []
+        judged = golds.documents(people, documents) if people else []
+        texts = list(dict.fromkeys(document.text for document in [*documents, *judged]))
         with AnswerStore(work.folder / "answers.sqlite") as store:
-            n_asked = collect(ask, prompt, recipe, asked, store)
-            answers = dict(store.find(question.key for question in asked))
-        rated = [answers.get(question.key, Answer("failed")) for question in asked]
-        readings = [teacher.read(prompt, answer) for answer in rated]
-        ratings.write(work.folder / "ratings.parquet", prompt, recipe.teacher.model, documents, rated, readings)
-        result = summarise(work, prompt, documents, counts, rated, readings, n_asked)
-        teacher.check_candidates_seen(prompt, recipe.teacher, rated)
-        check_enough_scored(result, recipe, work)
+            asked = [*texts, ""] if recipe.rate.calibrate else texts
+            spending, failed = panel.collect("rate", raters, asked, store, recipe.rate)
+            said = opinions_on(texts, raters, store, failed, recipe.rate.calibrate)
+        on_sample = [each.about(texts, [document.text for document in documents]) for each in said]
+        verdicts = consensus.verdicts(on_sample, recipe.rate.consensus)
+        ratings.write(work.folder / "ratings.parquet", documents, on_sample, verdicts)
+        human = against_people(work, people, judged, [each.about(texts, [d.text for d in judged]) for each in said])
+        result = summarise(work, documents, counts, on_sample, verdicts, spending, human)
+        check_readable(result, recipe, work, on_sample)
         return work.finish(result)
 
 
-def load_prompt(recipe: Recipe) -> Prompt:
-    """The prompt, if it asks for a score."""
-    prompt = prompts.load(required(recipe.rate.prompt, "rate.prompt", "prompts/edu-en.md"))
-    if prompt.read == "label":
-        raise UserError(f"rate.prompt: {recipe.rate.prompt} asks for labels; rate needs a prompt that gives a score")
-    return prompt
-
-
-def inputs(recipe: Recipe, prompt: Prompt) -> dict[str, object]:
+def inputs(recipe: Recipe, raters: list[Rater]) -> dict[str, Any]:
     """Everything that decides the ratings."""
     return {
         "corpus": recipe.corpus.identity(),
         "shards": {shard.name: fingerprint(shard) for shard in find_shards(recipe.corpus)},
-        "teacher": teacher.identity(prompt, recipe.teacher),
-        "rate": {**recipe.rate.identity(), "prompt": prompt.digest},
+        "raters": {
+            f"{rater.prompt.name}, {position}": {
+                "prompt": rater.prompt.digest,
+                "teacher": teacher.identity(rater.prompt, rater.teacher),
+            }
+            for position, rater in enumerate(raters)
+        },
+        "rate": recipe.rate.identity(),
+        "gold": content(recipe.rate.gold) if recipe.rate.gold else None,
         "seed": recipe.seed,
     }
 
 
-def draw(recipe: Recipe) -> tuple[list[Document], Counts]:
-    """The sample, if the corpus has anything to rate."""
-    rate = recipe.rate
-    documents, counts = sample(recipe.corpus, rate.sample, recipe.seed, rate.stratify_by, rate.gold_column)
-    if not documents:
-        raise UserError(f"corpus.path: {recipe.corpus.path} has no document with text in {counts.n_rows} rows")
-    if len(documents) < rate.sample:
-        log.info("rate: the corpus has only %d distinct texts to rate", len(documents))
-    return documents, counts
+def content(path: Path) -> str:
+    """16 hex digits of a file's content."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"rate.gold: {path} cannot be read ({error.strerror}); give a file of human scores") from None
 
 
-def collect(ask: teacher.Ask, prompt: Prompt, recipe: Recipe, asked: list[Question], store: AnswerStore) -> int:
-    """Ask what is not in the store; returns how many documents were asked about."""
-    answered = {key for key, _ in store.find(question.key for question in asked)}
-    log.info("rate: %d documents, %d already answered", len(asked), len(answered))
-    n_asked = 0
-    with progress("rate", len(asked) - len(answered)) as step:
+def opinions_on(
+    texts: list[str], raters: list[Rater], store: AnswerStore, failed: set[str], calibrate: bool
+) -> list[Opinions]:
+    """Everyone's opinion on every text, calibrated if asked."""
+    empty = [panel.empty_answer(rater, store) if calibrate else None for rater in raters]
+    return [panel.opinions(rater, texts, store, failed, answer) for rater, answer in zip(raters, empty, strict=True)]
 
-        def record(answers: list[tuple[str, Answer]]) -> None:
-            nonlocal n_asked
-            store.add(answers)
-            n_asked += len(answers)
-            step(len(answers))
 
-        if len(answered) < len(asked):
-            ask(prompt, recipe.teacher, asked, answered, record)
-    return n_asked
+def against_people(
+    work: Stage, people: list[GoldDocument], judged: list[Document], said: list[Opinions]
+) -> dict[str, Any] | None:
+    """Agreement of the consensus and of each rater with the human scores; these ratings are kept beside the others."""
+    if not judged:
+        return None
+    verdicts = consensus.verdicts(said, work.recipe.rate.consensus)
+    ratings.write(work.folder / "gold.parquet", judged, said, verdicts)
+    scale, truth = said[0].rater.prompt.scale, np.array([document.gold for document in judged], dtype=np.float64)
+    scores = np.array([np.nan if each.score is None else each.score for each in verdicts], dtype=np.float64)
+    each = [{**panel.origin(one.rater), **compared(one.scores, truth, scale)} for one in said]
+    ceiling = golds.between_raters(people, scale)
+    return {**compared(scores, truth, scale), "between_people": ceiling, "raters": each if len(each) > 1 else []}
+
+
+def compared(scores: Floats, truth: Floats, scale: tuple[float, float]) -> dict[str, Any]:
+    """Scores against human ones, (n,) each, where there is a score."""
+    there = np.isfinite(scores)
+    known = truth[there].tolist()
+    return dict(metrics.against_gold(scores[there], known, metrics.is_binary(known), scale) or {"n": 0})
+
+
+# -- the result -------------------------------------------------------------------------------------------------------
 
 
 def summarise(
     work: Stage,
-    prompt: Prompt,
     documents: list[Document],
     counts: Counts,
-    answers: list[Answer],
-    readings: list[Reading],
-    n_asked: int,
+    said: list[Opinions],
+    verdicts: list[Verdict],
+    spending: Spending,
+    human: dict[str, Any] | None,
 ) -> RateResult:
     """Counts and means over the sample."""
-    scored = [i for i, reading in enumerate(readings) if reading.score is not None]
-    scores = np.array([readings[i].score for i in scored], dtype=np.float64)
-    unscored = Counter(str(reading.reason) for reading in readings if reading.reason)
-    masses = [reading.mass for reading in readings if reading.mass is not None]
-    ints = Counter(metrics.int_scores(scores, prompt.scale).tolist())
-    gold = [documents[i].gold for i in scored]
-    n_not_drawn = counts.n_rows - counts.n_empty - counts.n_bad_rows - len(documents)
-    assert len(documents) == len(scored) + unscored.total(), "every sampled document has a score or a reason"
-    assert n_not_drawn >= 0, f"{counts.n_rows} rows in, {-n_not_drawn} too many accounted for"
+    prompt = said[0].rater.prompt
     return RateResult(
         seconds=work.seconds,
-        n_failed=unscored["request_failed"],
-        n_rows=counts.n_rows,
-        n_empty=counts.n_empty,
-        n_bad_rows=counts.n_bad_rows,
-        n_repaired_texts=counts.n_repaired_texts,
-        n_not_drawn=n_not_drawn,
-        n_sampled=len(documents),
-        n_scored=len(scored),
-        n_asked=n_asked,
-        n_reused=len(documents) - n_asked,
-        n_truncated=sum(answer.was_truncated for answer in answers),
-        unscored=dict(unscored),
-        unscored_rate=1 - len(scored) / len(documents),
-        int_score_counts={str(value): ints[value] for value in sorted(ints)},
-        mean_score=float(scores.mean()) if scored else None,
-        mass=float(np.mean(masses)) if masses else None,
-        prompt_tokens=sum(answer.prompt_tokens for answer in answers),
-        answer_tokens=sum(answer.answer_tokens for answer in answers),
-        docs_per_s=n_asked / work.seconds if n_asked else None,
-        gold=metrics.against_gold(scores, gold, metrics.is_binary(gold)),
+        **where_rows_went(counts, documents),
+        **scores_in_figures(documents, verdicts, prompt.scale, prompt.scales),
+        **answers_in_figures(said),
+        **spending.in_figures([each.rater.teacher for each in said], work.seconds),
+        planned=planned(work),
+        agreement=consensus.agreements(said, prompt.scale),
+        human=human,
     )
 
 
-def check_enough_scored(result: RateResult, recipe: Recipe, work: Stage) -> None:
-    """Stop when too much of the sample has no score; ratings and answers stay to be looked at."""
-    n_unscored = result.n_sampled - result.n_scored
-    if result.unscored_rate > recipe.rate.max_unscored_rate or result.n_scored == 0:
+def scores_in_figures(
+    documents: list[Document],
+    verdicts: list[Verdict],
+    scale: tuple[float, float],
+    scales: dict[str, tuple[float, float]],
+) -> dict[str, Any]:
+    """What the consensus looks like; every document has a score or a reason."""
+    scored = [i for i, verdict in enumerate(verdicts) if verdict.score is not None]
+    scores = np.array([verdicts[i].score for i in scored], dtype=np.float64)
+    unscored = Counter(str(verdict.reason) for verdict in verdicts if verdict.reason)
+    assert len(documents) == len(scored) + unscored.total(), "every sampled document has a score or a reason"
+    ints = Counter(metrics.int_scores(scores, scale).tolist())
+    known = [documents[i].gold for i in scored]
+    return {
+        "n_scored": len(scored),
+        "unscored": dict(unscored),
+        "unscored_rate": 1 - len(scored) / len(documents),
+        "int_score_counts": {str(value): ints[value] for value in sorted(ints)},
+        "mean_score": mean(scores.tolist()),
+        "mean_spread": mean([each.spread for each in verdicts]),
+        "attributes": {name: mean([each.attributes.get(name) for each in verdicts]) for name in scales},
+        "gold": metrics.against_gold(scores, known, metrics.is_binary(known)),
+    }
+
+
+def answers_in_figures(said: list[Opinions]) -> dict[str, Any]:
+    """What each rater said, in figures, and over all of them."""
+    readings = [reading for each in said for reading in each.readings]
+    cut = {position for each in said for position, answer in enumerate(each.answers) if answer.was_truncated}
+    return {
+        "n_raters": len(said),
+        "n_failed": sum(reading.reason == "request_failed" for reading in readings),
+        "n_not_asked": sum(reading.reason == "not_asked" for reading in readings),
+        "n_truncated": len(cut),
+        "mass": mean([reading.mass for reading in readings]),
+        "opinions": [
+            {
+                **panel.origin(each.rater),
+                "n_scored": int(np.isfinite(each.scores).sum()),
+                "mean_score": mean([reading.score for reading in each.readings]),
+                "unscored": dict(Counter(str(reading.reason) for reading in each.readings if reading.reason)),
+            }
+            for each in said
+        ],
+    }
+
+
+def planned(work: Stage) -> dict[str, float | None] | None:
+    """What the plan expected, if there was one."""
+    plan = read_json(work.recipe.run_folder / "plan" / "result.json")
+    names = ("prompt_tokens", "answer_tokens", "usd", "hours")
+    return {name: plan[name] for name in names} if plan else None
+
+
+def mean(values: list[Any]) -> float | None:
+    """The mean of what is there."""
+    there = [value for value in values if value is not None]
+    return float(np.mean(there)) if there else None
+
+
+def check_readable(result: RateResult, recipe: Recipe, work: Stage, said: list[Opinions]) -> None:
+    """Stop when too much of what was asked has no score; ratings and answers stay to be looked at."""
+    for each in said:
+        teacher.check_candidates_seen(each.rater.prompt, each.rater.teacher, each.answers)
+    n_asked = result.n_sampled - result.unscored.get("not_asked", 0)
+    n_unscored = n_asked - result.n_scored
+    if n_asked == 0:
+        raise UserError(f"rate: {result.stopped_by} leaves room for no document; raise it")
+    if n_unscored > recipe.rate.max_unscored_rate * n_asked or result.n_scored == 0:
         reasons = ", ".join(f"{reason} {count}" for reason, count in result.unscored.items())
         raise UserError(
-            f"rate: {n_unscored} of {result.n_sampled} documents have no score ({reasons}); read the answers in"
-            f" {work.folder / 'ratings.parquet'}, then mend the prompt or choose another teacher; where the request"
-            " failed, the same command asks again"
+            f"rate: {n_unscored} of {n_asked} documents have no score ({reasons}); read the answers with"
+            f" gristmill show {work.folder}, then mend the prompt or choose another teacher; where the request failed,"
+            " the same command asks again"
         )
     if result.n_failed:
         log.info("rate: %d requests failed; run again with --redo to ask only them again", result.n_failed)

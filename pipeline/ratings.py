@@ -1,27 +1,26 @@
-"""The ratings file: what a teacher said of each document of a sample."""
+"""The ratings file: what teachers said of each document of a sample."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from pipeline.errors import UserError
-from pipeline.metrics import Floats
-from pipeline.prompts import Prompt, Reading
+from pipeline.consensus import Verdict
+from pipeline.panel import Opinions
 from pipeline.sample import Document
 from pipeline.storage import write_table
-from pipeline.teacher import Answer
 
-SCHEMA = pa.schema(
+OPINION = pa.struct(
     {
-        "id": pa.string(),
-        "text": pa.string(),
+        "prompt": pa.string(),
+        "prompt_digest": pa.string(),
+        "teacher": pa.string(),
+        "repeat": pa.int32(),
         "score": pa.float64(),
         "reason": pa.string(),
+        "attributes": pa.map_(pa.string(), pa.float64()),
         "answer": pa.string(),
         "log_probs": pa.map_(pa.string(), pa.float64()),
         "mass": pa.float64(),
@@ -29,73 +28,62 @@ SCHEMA = pa.schema(
         "was_truncated": pa.bool_(),
         "prompt_tokens": pa.int64(),
         "answer_tokens": pa.int64(),
-        "stratum": pa.string(),
-        "gold": pa.float64(),
-        "prompt": pa.string(),
-        "teacher": pa.string(),
     }
 )
-"""A rating. It holds no clock time, so that an interrupted run ends with the same bytes; seconds are in the answer
-store."""
+"""One rater's answer, and how it was read."""
+
+BEFORE = {"id": pa.string(), "text": pa.string(), "score": pa.float64(), "reason": pa.string()}
+AFTER = {
+    "spread": pa.float64(),
+    "n_opinions": pa.int32(),
+    "stratum": pa.string(),
+    "gold": pa.float64(),
+    "opinions": pa.list_(OPINION),
+}
 
 
-class Ratings(NamedTuple):
-    """Scored documents, aligned: ids, texts, scores (n,), gold or None, and where they come from."""
-
-    ids: list[str]
-    texts: list[str]
-    scores: Floats
-    gold: list[float | None]
-    scale: tuple[float, float]
-    prompt: str
-    teacher: str
-    n_unscored: int
+def schema(scale: tuple[float, float], attributes: dict[str, tuple[float, float]]) -> pa.Schema:
+    """Columns of the ratings, one for each named score; the scales stand in the metadata. There is no clock time, so
+    that an interrupted run ends with the same bytes; seconds are in the answer store."""
+    metadata = {"scale": f"{scale[0]:g} {scale[1]:g}", "attributes": json.dumps(attributes)}
+    return pa.schema({**BEFORE, **dict.fromkeys(attributes, pa.float64()), **AFTER}).with_metadata(metadata)
 
 
-def write(
-    path: Path,
-    prompt: Prompt,
-    teacher: str | None,
-    documents: Iterable[Document],
-    answers: Iterable[Answer],
-    readings: Iterable[Reading],
-) -> None:
-    """Ratings, one row a document, in the order of the sample; the scale stands in the file's metadata."""
+def write(path: Path, documents: Iterable[Document], panel: list[Opinions], verdicts: Iterable[Verdict]) -> None:
+    """Ratings, one row a document, in the order of the sample, with every rater's opinion."""
+    prompt = panel[0].rater.prompt
     rows = [
         {
             **document._asdict(),
-            "score": reading.score,
-            "reason": reading.reason,
-            "answer": answer.text,
-            "log_probs": list(answer.log_probs.items()) if answer.log_probs is not None else None,
-            "mass": reading.mass,
-            "entropy": reading.entropy,
-            "was_truncated": answer.was_truncated,
-            "prompt_tokens": answer.prompt_tokens,
-            "answer_tokens": answer.answer_tokens,
-            "prompt": prompt.digest,
-            "teacher": teacher,
+            **dict.fromkeys(prompt.scales),
+            **verdict.attributes,
+            "score": verdict.score,
+            "reason": verdict.reason,
+            "spread": verdict.spread,
+            "n_opinions": verdict.n_opinions,
+            "opinions": [opinion(each, position) for each in panel],
         }
-        for document, answer, reading in zip(documents, answers, readings, strict=True)
+        for position, (document, verdict) in enumerate(zip(documents, verdicts, strict=True))
     ]
-    scale = {"scale": f"{prompt.scale[0]:g} {prompt.scale[1]:g}"}
-    write_table(path, pa.Table.from_pylist(rows, SCHEMA.with_metadata(scale)))
+    write_table(path, pa.Table.from_pylist(rows, schema(prompt.scale, prompt.scales)))
 
 
-def read(path: Path) -> Ratings:
-    """Ratings that have a score; the others are counted."""
-    try:
-        low, high = (pq.read_schema(path).metadata or {})[b"scale"].split()
-        table = pq.read_table(path, columns=["id", "text", "score", "gold", "prompt", "teacher"])
-        scored = table.filter(pc.is_valid(table["score"]))
-    except (pa.ArrowInvalid, OSError, KeyError) as error:
-        raise UserError(
-            f"train.ratings: {path} is no ratings file ({error}); give one made by gristmill rate"
-        ) from None
-    rows = scored.to_pydict()
-    if len(set(rows["prompt"])) > 1:
-        raise UserError(f"train.ratings: {path} mixes ratings of {len(set(rows['prompt']))} prompts; rate with one")
-    prompt, teacher = (rows[name][0] if rows[name] else "" for name in ("prompt", "teacher"))
-    scores = np.array(rows["score"], dtype=np.float64)
-    scale = float(low), float(high)
-    return Ratings(rows["id"], rows["text"], scores, rows["gold"], scale, prompt, teacher, len(table) - len(scored))
+def opinion(opinions: Opinions, position: int) -> dict[str, Any]:
+    """One rater's opinion on one document."""
+    rater, answer, reading = opinions.rater, opinions.answers[position], opinions.readings[position]
+    return {
+        "prompt": rater.prompt.name,
+        "prompt_digest": rater.prompt.digest,
+        "teacher": rater.called,
+        "repeat": rater.repeat,
+        "score": reading.score,
+        "reason": reading.reason,
+        "attributes": None if reading.attributes is None else list(reading.attributes.items()),
+        "answer": answer.text,
+        "log_probs": None if answer.log_probs is None else list(answer.log_probs.items()),
+        "mass": reading.mass,
+        "entropy": reading.entropy,
+        "was_truncated": answer.was_truncated,
+        "prompt_tokens": answer.prompt_tokens,
+        "answer_tokens": answer.answer_tokens,
+    }

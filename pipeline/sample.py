@@ -1,17 +1,22 @@
-"""A seeded sample of a corpus: uniform over all of it, or stratified by a column."""
+"""A seeded sample of a corpus: uniform over all of it, or stratified by a column, by length or by source."""
 
 import hashlib
 import heapq
-from collections.abc import Iterator
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.config import Corpus
-from pipeline.corpus import column, decoded, is_empty, read, text_id, texts
+from pipeline.config import Asking, Corpus
+from pipeline.corpus import column, decoded, is_empty, read, read_schema, text_id, texts
 from pipeline.errors import UserError
-from pipeline.shards import Counts, Shard, find_shards
+from pipeline.formats import parse_line
+from pipeline.shards import Counts, Shard, find_shards, opened, reading
+
+log = logging.getLogger("gristmill")
 
 
 class Document(NamedTuple):
@@ -23,27 +28,70 @@ class Document(NamedTuple):
     stratum: str | None = None
 
 
+Derive = Callable[[Shard, str], str]
+"""The stratum of a text that lies in a shard."""
+
+
+def draw(corpus: Corpus, asking: Asking, seed: int, gold_column: str | None = None) -> tuple[list[Document], Counts]:
+    """The sample that is asked about, if the corpus has anything to judge."""
+    documents, counts = sample(corpus, asking.sample, seed, asking.stratify_by, gold_column, asking.stratum_floor)
+    if not documents:
+        raise UserError(f"corpus.path: {corpus.path} has no document with text in {counts.n_rows} rows")
+    if len(documents) < asking.sample:
+        log.info("sample: the corpus has only %d distinct texts", len(documents))
+    return documents, counts
+
+
+def where_rows_went(counts: Counts, documents: list[Document]) -> dict[str, Any]:
+    """Every row of the corpus is sampled, empty, bad, or not drawn."""
+    n_not_drawn = counts.n_rows - counts.n_empty - counts.n_bad_rows - len(documents)
+    assert n_not_drawn >= 0, f"{counts.n_rows} rows in, {-n_not_drawn} too many accounted for"
+    return {
+        "n_rows": counts.n_rows,
+        "n_empty": counts.n_empty,
+        "n_bad_rows": counts.n_bad_rows,
+        "n_repaired_texts": counts.n_repaired_texts,
+        "n_not_drawn": n_not_drawn,
+        "n_sampled": len(documents),
+        "strata": dict(sorted(Counter(each.stratum for each in documents if each.stratum is not None).items())),
+    }
+
+
 def sample(
-    corpus: Corpus, size: int, seed: int, stratify_by: str | None = None, gold_column: str | None = None
+    corpus: Corpus,
+    size: int,
+    seed: int,
+    stratify_by: str | None = None,
+    gold_column: str | None = None,
+    floor: int | None = None,
 ) -> tuple[list[Document], Counts]:
     """A seeded sample of the distinct, non-empty texts of the whole corpus.
 
     Every text has a priority, the hash of seed and content, and the smallest ones are drawn (bottom-k): uniform, one
     pass, memory of a few times `size` documents, and the same however the corpus is cut into shards. With
-    `stratify_by` the places are shared out equally among the values of that column (`size` of them, drawn the same
-    way, if there are more), and what small strata leave goes to the others.
+    `stratify_by` the places are shared out equally among the strata (`size` of them, drawn the same way, if there are
+    more), and what small strata leave goes to the others. With `floor` too the sample stays uniform, but for the first
+    so many of each stratum, or all that it has. Of a text's copies in several strata one is drawn.
     """
+    if floor and not stratify_by:
+        raise UserError("stratum_floor: there are no strata without stratify_by; give both or none")
     counts, everything = Counts(), Smallest()
     strata: dict[str, Smallest] = {}
-    for shard in find_shards(corpus):
-        for documents in documents_of(shard, corpus, counts, stratify_by, gold_column):
+    shards = find_shards(corpus)
+    derive = derived(corpus, shards, stratify_by)
+    for shard in shards:
+        for documents in documents_of(shard, corpus, counts, stratify_by, gold_column, derive):
             for document in documents:
                 rank = priority(text_id(document.text), seed)
                 everything.add(rank, document, size)
                 if document.stratum is not None:
                     strata.setdefault(document.stratum, Smallest()).add(rank, document, size)
-            trim(strata, size, seed)
-    return share_out(strata, everything, size), counts
+            if floor:
+                trim_to_floor(strata, size, floor)
+            else:
+                trim(strata, size, seed)
+    drawn = top_up(strata, everything, size, floor) if floor else share_out(strata, everything, size)
+    return drawn, counts
 
 
 def priority(name: str, seed: int) -> int:
@@ -96,15 +144,41 @@ def largest_share(available: list[int], size: int) -> int:
     return largest
 
 
+def trim_to_floor(strata: dict[str, Smallest], size: int, floor: int) -> None:
+    """Keep twice the floor, as a stratum's texts may be drawn for others that have copies; refuse floors too high."""
+    for stratum in strata.values():
+        stratum.keep(2 * floor)
+    needed = sum(min(floor, len(stratum.heap)) for stratum in strata.values())
+    if needed > size:
+        raise UserError(
+            f"stratum_floor: {floor} from each stratum, or all it has, makes {needed} for the first {len(strata)} of"
+            f" them, more than the sample of {size}; lower the floor or draw more"
+        )
+
+
+def top_up(strata: dict[str, Smallest], everything: Smallest, size: int, floor: int) -> list[Document]:
+    """The floor of each stratum, smallest strata first, no text twice; the other places go to any text."""
+    drawn: dict[int, Document] = {}
+    for name in by_size(strata):
+        drawn |= next_smallest(strata[name], drawn, floor)
+    drawn |= next_smallest(everything, drawn, size - len(drawn))
+    return [document for _, document in sorted(drawn.items())]
+
+
 def share_out(strata: dict[str, Smallest], everything: Smallest, size: int) -> list[Document]:
     """Equal shares, smallest strata first, no text twice; places left over (all, without strata) go to any text."""
     drawn: dict[int, Document] = {}
-    order = sorted(strata, key=lambda name: (len(strata[name].heap), name))
+    order = by_size(strata)
     for position, name in enumerate(order):
         share = -(-(size - len(drawn)) // (len(order) - position))
         drawn |= next_smallest(strata[name], drawn, share)
     drawn |= next_smallest(everything, drawn, size - len(drawn))
     return [document for _, document in sorted(drawn.items())]
+
+
+def by_size(strata: dict[str, Smallest]) -> list[str]:
+    """Names of strata, the smallest first."""
+    return sorted(strata, key=lambda name: (len(strata[name].heap), name))
 
 
 def next_smallest(pool: Smallest, drawn: dict[int, Document], places: int) -> dict[int, Document]:
@@ -113,11 +187,19 @@ def next_smallest(pool: Smallest, drawn: dict[int, Document], places: int) -> di
     return {rank: pool.documents[rank] for rank in fresh[:places]}
 
 
+# -- documents and their strata ---------------------------------------------------------------------------------------
+
+
 def documents_of(
-    shard: Shard, corpus: Corpus, counts: Counts, stratify_by: str | None, gold_column: str | None
+    shard: Shard,
+    corpus: Corpus,
+    counts: Counts,
+    stratify_by: str | None,
+    gold_column: str | None,
+    derive: Derive | None = None,
 ) -> Iterator[list[Document]]:
-    """The non-empty documents of a shard, batch by batch."""
-    names = [corpus.text_column, corpus.id_column, stratify_by, gold_column]
+    """The non-empty documents of a shard, batch by batch; their strata derived, or from the column `stratify_by`."""
+    names = [corpus.text_column, corpus.id_column, None if derive else stratify_by, gold_column]
     for batch in read(shard, corpus, counts, list(dict.fromkeys(name for name in names if name))):
         found = texts(batch, corpus, shard, counts)
         ids, strata, golds = (values(batch, name, shard) for name in names[1:])
@@ -127,11 +209,47 @@ def documents_of(
                 id=text_id(text) if id_ is None else str(id_),
                 text=text,
                 gold=gold_value(gold, gold_column, shard),
-                stratum=str(stratum) if stratify_by else None,
+                stratum=derive(shard, text) if derive else str(stratum) if stratify_by else None,
             )
             for text, id_, stratum, gold in zip(found, ids, strata, golds, strict=True)
             if text is not None and not is_empty(text)
         ]
+
+
+def derived(corpus: Corpus, shards: list[Shard], stratify_by: str | None) -> Derive | None:
+    """How a stratum follows from a text or its shard; None where a column says it."""
+    known = {"length": length_class, "source": source}
+    if stratify_by not in known or any(has_column(shard, corpus, stratify_by) for shard in shards):
+        return None
+    if stratify_by == "source" and not any("/" in shard.name for shard in shards):
+        raise UserError(
+            f"stratify_by: source is the first folder below corpus.path, but {corpus.path} has none, nor a column"
+            " of that name; give the folder above, or stratify by length"
+        )
+    return known[stratify_by]
+
+
+def length_class(_: Shard, text: str) -> str:
+    """Lengths in classes that double, such as 256-511 characters."""
+    shortest = 1 << (len(text).bit_length() - 1)
+    return f"{shortest}-{2 * shortest - 1} characters"
+
+
+def source(shard: Shard, _: str) -> str:
+    """The first folder below the corpus; a dot for files that lie beside the folders."""
+    folder, slash, _ = shard.name.partition("/")
+    return folder if slash else "."
+
+
+def has_column(shard: Shard, corpus: Corpus, name: str) -> bool:
+    """Whether any row of a shard has a column; of JSON lines only those that mention it are parsed."""
+    if shard.format != "jsonl":
+        return name in read_schema(shard, corpus).names
+    mention = f'"{name}"'.encode()
+    with reading(shard), opened(shard) as file:
+        lines = ((number, line) for number, line in enumerate(file, 1) if mention in line)
+        rows = (parse_line(line, number, shard, corpus.skip_bad_rows, Counts()) for number, line in lines)
+        return any(name in row for row in rows if row)
 
 
 def values(batch: pa.RecordBatch, name: str | None, shard: Shard) -> list[Any]:

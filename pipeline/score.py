@@ -3,7 +3,8 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,13 @@ from pipeline.config import Recipe, digest
 from pipeline.errors import UserError
 from pipeline.formats import check_column
 from pipeline.shards import Counts, Shard, find_shards, fingerprint
-from pipeline.student import Student
+from pipeline.student import Columns, Student
 from pipeline.tracking import Result, Step, progress, stage, upstream
 
 log = logging.getLogger("gristmill")
 
-COLUMNS = {"score": pa.float32(), "int_score": pa.int8()}
-FEATURES = {name: {"dtype": dtype, "_type": "Value"} for name, dtype in (("score", "float32"), ("int_score", "int8"))}
-"""The same in the notes that Hugging Face `datasets` keeps in a file."""
+DTYPES = {pa.float32(): "float32", pa.int8(): "int8", pa.string(): "string"}
+"""Names of types in the notes that Hugging Face `datasets` keeps in a file."""
 FINGERPRINT = b"gristmill.made_from"
 TALLY = b"gristmill.tally"
 
@@ -42,6 +42,8 @@ class ScoreResult(Result):
     n_shards: int
     n_shards_reused: int
     int_score_counts: dict[str, int]
+    label_counts: dict[str, dict[str, int]]
+    """Documents by label, for each target that is labels; commonest first."""
     docs_per_s: float | None
 
 
@@ -57,7 +59,7 @@ def run(recipe: Recipe, redo: bool = False) -> ScoreResult:
         done = work.finished(ScoreResult, redo, None not in tallies.values())
         if done:
             return done
-        check_columns(found, recipe)
+        check_columns(found, recipe, student.schema.names)
         storage.sweep(out, keep={shard.name for shard in found})
         todo = [shard for shard in found if tallies[shard] is None]
         with progress("score", corpus.n_rows(todo)) as step:
@@ -84,13 +86,13 @@ def score_shard(
 ) -> Counter[str]:
     """Read, score and write one shard, a window of rows at a time; returns its counts."""
     source = corpus.read_schema(shard, recipe.corpus)
-    refuse_existing(source, shard, recipe)
-    schema = scored_schema(source)
+    refuse_existing(source, shard, recipe, student.schema.names)
+    schema = scored_schema(source, student.schema)
     tally: Counter[str] = Counter()
 
     def scored() -> Iterator[pa.RecordBatch]:
         counts = Counts()
-        for batch in corpus.read(shard, recipe.corpus, counts, schema=without_scores(schema)):
+        for batch in corpus.read(shard, recipe.corpus, counts, schema=without(schema, student.schema.names)):
             texts = corpus.texts(batch, recipe.corpus, shard, counts)
             yield score_batch(batch, texts, student, schema, tally, step)
         tally.update(n_rows=counts.n_rows, n_bad_rows=counts.n_bad_rows, n_repaired_texts=counts.n_repaired_texts)
@@ -110,20 +112,25 @@ def score_batch(
     tally: Counter[str],
     step: Step,
 ) -> pa.RecordBatch:
-    """The batch with its score columns; empty texts get null."""
+    """The batch with the student's columns; empty texts get null."""
     full = [i for i, text in enumerate(texts) if not corpus.is_empty(text)]
-    found, n_truncated = student.score_counted([texts[i] or "" for i in full], step)
-    scores = np.zeros(len(texts), np.float32)
-    scores[full] = found
-    null = np.ones(len(texts), dtype=bool)
-    null[full] = False
-    ints = student.int_score(scores)
+    found, n_truncated = student.predict_counted([texts[i] or "" for i in full], step)
     tally.update(n_scored=len(full), n_empty=len(texts) - len(full), n_truncated=n_truncated)
-    tally.update(f"int_score {value}" for value in ints[full].tolist())
+    tally.update(occurrences(student, found))
     step(len(texts) - len(full))
-    added = [pa.array(scores, pa.float32(), mask=null), pa.array(ints, pa.int8(), mask=null)]
-    kept = [batch.column(name) for name in batch.schema.names if name not in COLUMNS]
+    place = dict(zip(full, range(len(full)), strict=True))
+    places = pa.array([place.get(i) for i in range(len(texts))], pa.int64())
+    added = [pa.array(found[field.name], field.type).take(places) for field in student.schema]
+    kept = [batch.column(name) for name in batch.schema.names if name not in found]
     return pa.RecordBatch.from_arrays([*kept, *added], schema=schema)
+
+
+def occurrences(student: Student, found: Columns) -> Iterator[str]:
+    """A key of the tally for every whole score and label that was given: a JSON list of column and value."""
+    for head in student.heads:
+        values = found[f"int_{head.name}" if head.kind == "score" else head.name]
+        for value in chain.from_iterable(values) if head.kind == "labels" else np.asarray(values).tolist():
+            yield json.dumps([head.kind, head.name, value], ensure_ascii=False)
 
 
 def summarise(tallies: list[Counter[str]], n_reused: int, made_from: dict[str, Any], seconds: float) -> ScoreResult:
@@ -133,7 +140,8 @@ def summarise(tallies: list[Counter[str]], n_reused: int, made_from: dict[str, A
     assert total["n_rows"] == rows_out, f"{total['n_rows']} rows in, {rows_out} accounted for"
     if total["n_rows"] == 0:
         raise UserError(f"corpus.path: {made_from['settings']['corpus']['path']} has no rows")
-    ints = sorted((int(name.split()[1]), count) for name, count in total.items() if name.startswith("int_score "))
+    given = [(*json.loads(key), count) for key, count in total.most_common() if key.startswith("[")]
+    ints = sorted((value, count) for kind, name, value, count in given if name == "score" and kind == "score")
     return ScoreResult(
         seconds=seconds,
         **{
@@ -143,8 +151,18 @@ def summarise(tallies: list[Counter[str]], n_reused: int, made_from: dict[str, A
         n_shards=len(tallies),
         n_shards_reused=n_reused,
         int_score_counts={str(value): count for value, count in ints},
+        label_counts=label_counts(given),
         docs_per_s=total["n_rows"] / seconds if not n_reused else None,
     )
+
+
+def label_counts(given: list[tuple[str, str, Any, int]]) -> dict[str, dict[str, int]]:
+    """Documents by label, from (kind, target, value, count), of the targets that are labels."""
+    counts: dict[str, dict[str, int]] = {}
+    for kind, name, value, count in given:
+        if kind != "score":
+            counts.setdefault(name, {})[value] = count
+    return counts
 
 
 def tally_of(path: Path, fingerprint: str) -> Counter[str] | None:
@@ -163,39 +181,52 @@ def tally_of(path: Path, fingerprint: str) -> Counter[str] | None:
 # -- schema -----------------------------------------------------------------------------------------------------------
 
 
-def check_columns(found: list[Shard], recipe: Recipe) -> None:
-    """Refuse, before anything is scored, shards without text or with columns of our names, as far as their heads
-    tell; of JSON lines the first shard's beginning is looked at."""
+def check_columns(found: list[Shard], recipe: Recipe, names: Sequence[str] | None = None) -> None:
+    """Refuse, before anything is scored, shards without text or with columns of these names (those of the targets,
+    before there is a student), as far as their heads tell; of JSON lines the first shard's beginning is looked at."""
+    names = expected(recipe) if names is None else names
     for shard in found:
         if shard.format == "jsonl":
             first = next(corpus.read(shard, recipe.corpus, Counts()), None)
-            refuse_existing(first.schema if first is not None else pa.schema([]), shard, recipe)
+            refuse_existing(first.schema if first is not None else pa.schema([]), shard, recipe, names)
             return
         schema = corpus.read_schema(shard, recipe.corpus)
         check_column(schema, recipe.corpus.text_column, shard)
-        refuse_existing(schema, shard, recipe)
+        refuse_existing(schema, shard, recipe, names)
 
 
-def refuse_existing(schema: pa.Schema, shard: Shard, recipe: Recipe) -> None:
-    """A column called score that is already there is never silently doubled or lost."""
-    taken = [name for name in COLUMNS if name in schema.names]
+def expected(recipe: Recipe) -> list[str]:
+    """Columns that a student of the recipe's targets surely gives."""
+    targets = recipe.train.targets
+    return [*targets, *students.schema_of("score", "score").names[1:]] if "score" in targets else list(targets)
+
+
+def refuse_existing(schema: pa.Schema, shard: Shard, recipe: Recipe, names: Sequence[str]) -> None:
+    """What is already there under one of our names is never silently doubled or lost."""
+    taken = [name for name in names if name in schema.names]
     if taken and not recipe.score.replace_existing:
         raise UserError(f"{shard.source} already has a column {taken[0]!r}; set score.replace_existing, or rename it")
 
 
-def scored_schema(schema: pa.Schema) -> pa.Schema:
-    """The schema with score and int_score at its end; Hugging Face's own notes on the columns stay true."""
-    fields = [*without_scores(schema), *(pa.field(name, kind) for name, kind in COLUMNS.items())]
+def scored_schema(schema: pa.Schema, added: pa.Schema) -> pa.Schema:
+    """The schema with the student's columns at its end; Hugging Face's own notes on the columns stay true."""
     metadata = dict(schema.metadata or {})
     if b"huggingface" in metadata:
         notes = json.loads(metadata[b"huggingface"])
         features = notes.get("info", {}).get("features")
         if features is not None:
-            features |= FEATURES
+            features |= {field.name: feature(field.type) for field in added}
         metadata[b"huggingface"] = json.dumps(notes).encode()
-    return pa.schema(fields, metadata)
+    return pa.schema([*without(schema, added.names), *added], metadata)
 
 
-def without_scores(schema: pa.Schema) -> pa.Schema:
-    """The schema without our columns."""
-    return pa.schema([field for field in schema if field.name not in COLUMNS], schema.metadata)
+def feature(kind: pa.DataType) -> dict[str, Any]:
+    """A column type as Hugging Face `datasets` notes it."""
+    if pa.types.is_list(kind):
+        return {"feature": feature(kind.value_type), "_type": "List"}
+    return {"dtype": DTYPES[kind], "_type": "Value"}
+
+
+def without(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:
+    """The schema without some columns."""
+    return pa.schema([field for field in schema if field.name not in names], schema.metadata)

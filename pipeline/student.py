@@ -1,4 +1,4 @@
-"""Encoder, linear head and scale in one folder that loads with one line:
+"""Encoder and linear heads in one folder that loads with one line:
 
 from pipeline.student import load
 load("runs/demo/train/student").score(["Photosynthesis turns light into sugar."])
@@ -14,30 +14,102 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
+from scipy.special import expit, softmax
 
 from pipeline import config, metrics
 from pipeline.encoder import Embeddings, Encoder
 from pipeline.errors import UserError, needs
 from pipeline.storage import atomic, write_text
+from pipeline.targets import Kind
 
 log = logging.getLogger("gristmill")
 
-FORMAT = 1
+FORMAT = 2
 """Version of the folder's layout."""
+
+Columns = dict[str, Any]
+"""Predictions by column, each as long as the texts."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """One linear output of the student: a score, one label of several, or any number of labels."""
+
+    name: str
+    kind: Kind
+    weight: NDArray[np.float32]
+    """(n_outputs, dim)"""
+    bias: NDArray[np.float32]
+    """(n_outputs,)"""
+    scale: tuple[float, float] | None = None
+    """Lowest and highest score; of scores only."""
+    labels: tuple[str, ...] = ()
+    """The label of each output; of labels only."""
+
+    def outputs(self, embeddings: Embeddings) -> NDArray[np.float32]:
+        """Scores or log-odds (n, n_outputs) of embeddings (n, dim)."""
+        return (embeddings @ self.weight.T + self.bias).astype(np.float32)
+
+    def predict(self, embeddings: Embeddings) -> Columns:
+        """The columns of this head, named as in `schema`."""
+        values = PREDICT[self.kind](self, self.outputs(embeddings))
+        return dict(zip(self.schema.names, values, strict=True))
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of this head and their types."""
+        return schema_of(self.name, self.kind)
+
+
+def schema_of(name: str, kind: Kind) -> pa.Schema:
+    """The columns of a head and their types."""
+    names = (name, f"int_{name}" if kind == "score" else f"{name}_probability")
+    return pa.schema(list(zip(names, TYPES[kind], strict=True)))
+
+
+TYPES = {
+    "score": (pa.float32(), pa.int8()),
+    "label": (pa.string(), pa.float32()),
+    "labels": (pa.list_(pa.string()), pa.list_(pa.float32())),
+}
+
+
+def scored(head: Head, outputs: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
+    """Scores as they are, not clipped, and whole scores of the scale, half up."""
+    assert head.scale is not None
+    return outputs[:, 0], metrics.int_scores(outputs[:, 0], head.scale)
+
+
+def likeliest(head: Head, outputs: NDArray[np.float32]) -> tuple[NDArray[np.str_], NDArray[np.float32]]:
+    """The likeliest label and its probability."""
+    return np.array(head.labels)[outputs.argmax(axis=1)], softmax(outputs, axis=1).max(axis=1)
+
+
+def all_likely(head: Head, outputs: NDArray[np.float32]) -> tuple[list[list[str]], list[list[float]]]:
+    """The labels with a probability of at least one half, and their probabilities."""
+    probabilities = expit(outputs)
+    found = [np.flatnonzero(row >= 0.5) for row in probabilities]
+    labels = [[head.labels[i] for i in chosen] for chosen in found]
+    return labels, [row[chosen].tolist() for row, chosen in zip(probabilities, found, strict=True)]
+
+
+PREDICT: dict[Kind, Callable[[Head, NDArray[np.float32]], tuple[Any, Any]]] = {
+    "score": scored,
+    "label": likeliest,
+    "labels": all_likely,
+}
 
 
 @dataclass
 class Student:
-    """A frozen encoder and a linear head: score = embedding @ weight + bias."""
+    """A frozen encoder and linear heads on it."""
 
     encoder_settings: config.Encoder
-    weight: NDArray[np.float32]
-    """(dim,)"""
-    bias: float
-    scale: tuple[float, float]
+    heads: tuple[Head, ...]
     about: dict[str, Any] = field(default_factory=dict)
-    """Where it comes from: prompt digest, teacher, metrics."""
+    """Where it comes from: prompt digests, teachers, metrics."""
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -46,46 +118,66 @@ class Student:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits of all that decides the scores."""
-        return config.digest([self.weight.tobytes().hex(), self.bias, self.encoder_settings.identity(), self.scale])
+        """16 hex digits of all that decides the predictions."""
+        heads = [
+            [*described(head).values(), head.weight.tobytes().hex(), head.bias.tobytes().hex()] for head in self.heads
+        ]
+        return config.digest([heads, self.encoder_settings.identity()])
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of all heads and their types."""
+        return pa.schema([column for head in self.heads for column in head.schema])
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Scores (n_texts,) float32, not clipped."""
+        if all(head.name != "score" for head in self.heads):
+            names = ", ".join(head.name for head in self.heads)
+            raise UserError(f"this student gives no score, but {names}; use predict")
+        found: NDArray[np.float32] = self.predict(texts)["score"]
+        return found
+
+    def predict(self, texts: Sequence[str]) -> Columns:
+        """Every head's columns: a score with its int_score, a label or a list of labels with probabilities."""
         if isinstance(texts, str):
             raise TypeError("give a list of texts, not one string")
-        return self.score_counted(texts)[0]
+        return self.predict_counted(texts)[0]
 
-    def score_counted(
+    def predict_counted(
         self, texts: Sequence[str], step: Callable[[int], None] = lambda _: None
-    ) -> tuple[NDArray[np.float32], int]:
-        """Scores (n_texts,) float32, and how many texts were longer than the encoder reads."""
-        if not texts:
-            return np.empty(0, np.float32), 0
-        embeddings, n_truncated = self.encoder.embed(texts, step)
-        return self.head(embeddings), n_truncated
-
-    def head(self, embeddings: Embeddings) -> NDArray[np.float32]:
-        """Scores of embeddings (n, dim)."""
-        return (embeddings @ self.weight + np.float32(self.bias)).astype(np.float32)
-
-    def int_score(self, scores: NDArray[np.float32]) -> NDArray[np.int8]:
-        """Whole scores of the scale, half up."""
-        return metrics.int_scores(scores, self.scale)
+    ) -> tuple[Columns, int]:
+        """Every head's columns, and how many texts were longer than the encoder reads."""
+        embeddings, n_truncated = np.empty((0, self.heads[0].weight.shape[1]), np.float32), 0
+        if texts:
+            embeddings, n_truncated = self.encoder.embed(texts, step)
+        columns = {name: values for head in self.heads for name, values in head.predict(embeddings).items()}
+        return columns, n_truncated
 
     def save(self, folder: Path) -> None:
-        """Write head.safetensors and student.json, which names the head it belongs to."""
-        save = needs("safetensors.numpy", "torch").save
-        head = save({"weight": self.weight, "bias": np.array([self.bias], np.float32)})
+        """Write head.safetensors and student.json, which names the heads and the file they are in."""
+        raw = needs("safetensors.numpy", "torch").save(tensors(self.heads))
         with atomic(folder / "head.safetensors") as temporary:
-            temporary.write_bytes(head)
+            temporary.write_bytes(raw)
         description = {
             "format": FORMAT,
-            "head": hashlib.sha256(head).hexdigest(),
+            "head": hashlib.sha256(raw).hexdigest(),
             "encoder": self.encoder_settings.identity(),
-            "scale": list(self.scale),
+            "heads": [described(head) for head in self.heads],
             **self.about,
         }
         write_text(folder / "student.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+
+
+def tensors(heads: Sequence[Head]) -> dict[str, NDArray[np.float32]]:
+    """Weights (n_outputs, dim) and biases (n_outputs,) by name."""
+    weights = {f"{head.name}.weight": np.ascontiguousarray(head.weight) for head in heads}
+    return weights | {f"{head.name}.bias": np.ascontiguousarray(head.bias) for head in heads}
+
+
+def described(head: Head) -> dict[str, Any]:
+    """A head without its numbers."""
+    about = {"scale": list(head.scale)} if head.scale else {"labels": list(head.labels)}
+    return {"name": head.name, "kind": head.kind, **about}
 
 
 def load(folder: str | Path, encoder: config.Encoder | None = None) -> Student:
@@ -101,9 +193,23 @@ def load(folder: str | Path, encoder: config.Encoder | None = None) -> Student:
         raise UserError(f"{folder} was made by another version of gristmill; train it again")
     if description.pop("head") != hashlib.sha256(raw).hexdigest():
         raise UserError(f"{folder} is damaged: head.safetensors is not the one student.json names; train it again")
-    head, (low, high) = safetensors.load(raw), description.pop("scale")
+    named = safetensors.load(raw)
+    heads = tuple(head_of(about, named) for about in description.pop("heads"))
     settings = as_asked(config.Encoder.model_validate(description.pop("encoder")), encoder)
-    return Student(settings, head["weight"], float(head["bias"][0]), (low, high), description)
+    return Student(settings, heads, description)
+
+
+def head_of(about: dict[str, Any], named: dict[str, NDArray[np.float32]]) -> Head:
+    """A head from its description and the tensors of all of them."""
+    name, scale = about["name"], about.get("scale")
+    return Head(
+        name=name,
+        kind=about["kind"],
+        weight=named[f"{name}.weight"],
+        bias=named[f"{name}.bias"],
+        scale=(scale[0], scale[1]) if scale else None,
+        labels=tuple(about.get("labels", ())),
+    )
 
 
 def as_asked(own: config.Encoder, asked: config.Encoder | None) -> config.Encoder:

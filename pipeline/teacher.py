@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
-from pipeline import prompts
+from pipeline import reading
 from pipeline.config import Teacher, digest
 from pipeline.corpus import text_id
 from pipeline.errors import UserError
-from pipeline.prompts import Prompt, Reading
+from pipeline.prompts import Prompt
+from pipeline.reading import Reading, Reason
 
 log = logging.getLogger("gristmill")
 
@@ -30,7 +31,7 @@ class Question(NamedTuple):
 class Answer:
     """What a teacher said, as it said it; how it is read can change later without asking again."""
 
-    finish: Literal["stop", "length", "refused", "failed"]
+    finish: Literal["stop", "length", "refused", "failed", "not_asked"]
     text: str = ""
     log_probs: dict[str, float] | None = None
     """Natural log-probability of each candidate over the full vocabulary; -inf where it was not seen."""
@@ -42,11 +43,13 @@ class Answer:
     """The document was longer than teacher.document_tokens."""
 
 
-Record = Callable[[list[tuple[str, Answer]]], None]
+Record = Callable[[list[tuple[str, Answer]]], bool]
+"""Takes answers in; says whether to go on asking. Requests already sent are waited for either way."""
 
 
 class Ask(Protocol):
-    """An engine: asks what is not in `answered` and hands each answer to `record` as it arrives."""
+    """An engine with its model loaded: asks what is not in `answered` and hands each answer to `record` as it arrives.
+    The teacher may differ from call to call in how it is asked (seed, max_tokens), never in what is loaded."""
 
     def __call__(
         self, prompt: Prompt, teacher: Teacher, questions: list[Question], answered: set[str], record: Record
@@ -61,23 +64,36 @@ def questions(prompt: Prompt, teacher: Teacher, texts: Iterable[str]) -> list[Qu
     return [Question(f"{asking}:{text_id(text)}", text) for text in texts]
 
 
+ONLY = {
+    "transformers": {"revision", "dtype"},
+    "vllm": {"revision", "dtype", "max_model_len", "quantization", "engine_args"},
+    "openai": {"tokenizer", "top_logprobs"},
+}
+"""Settings that bear on the answers of some engines only."""
+
+
 def identity(prompt: Prompt, teacher: Teacher) -> dict[str, object]:
     """The teacher's settings that bear on an answer of this kind, from this engine."""
-    aside = {"transformers": {"tokenizer", "top_logprobs"}, "openai": {"revision", "dtype"}}[teacher.engine]
+    aside = set().union(*ONLY.values()) - ONLY[teacher.engine]
     aside |= {"max_tokens", "temperature"} if prompt.read == "choices" else {"top_logprobs"}
     aside |= {"top_p", "seed"} if prompt.read == "choices" or teacher.temperature == 0 else set()
+    aside |= set() if prompt.form else {"structured"}
     return {name: value for name, value in teacher.identity().items() if name not in aside}
 
 
-def read(prompt: Prompt, answer: Answer) -> Reading:
-    """The score in an answer, whichever way the prompt reads."""
-    if answer.finish == "failed":
-        return Reading(None, "request_failed")
-    if answer.finish == "refused":
-        return Reading(None, "refused")
+UNREAD: dict[str, Reason] = {"failed": "request_failed", "refused": "refused", "not_asked": "not_asked"}
+"""Answers with nothing to read, and why."""
+
+
+def read(prompt: Prompt, answer: Answer, empty: Answer | None = None) -> Reading:
+    """The score in an answer, whichever way the prompt reads; `empty` is the answer about an empty document, to
+    calibrate choices by."""
+    if answer.finish in UNREAD:
+        return Reading(None, UNREAD[answer.finish])
     if prompt.read == "choices":
-        return prompts.read_choices(prompt, answer.log_probs or {})
-    return prompts.read_text(prompt, prompt.answer_start + answer.text, answer.finish == "stop")
+        return reading.read_choices(prompt, answer.log_probs or {}, empty.log_probs if empty else None)
+    ways = {"generate": reading.read_text, "json": reading.read_json, "label": reading.read_label}
+    return ways[prompt.read](prompt, prompt.answer_start + answer.text, answer.finish == "stop")
 
 
 def check_candidates_seen(prompt: Prompt, teacher: Teacher, answers: Iterable[Answer]) -> None:

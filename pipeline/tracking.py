@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,12 @@ class Result(BaseModel):
     seconds: float
 
 
-MADE_FROM = {"rate": ("corpus", "teacher", "rate"), "train": ("encoder", "train"), "score": ("corpus", "score")}
+MADE_FROM = {
+    "rate": ("corpus", "teacher", "rate"),
+    "label": ("corpus", "teacher", "label"),
+    "train": ("encoder", "train"),
+    "score": ("corpus", "score"),
+}
 """Sections of the recipe that a stage is made from."""
 
 AnyResult = TypeVar("AnyResult", bound=Result)
@@ -53,7 +58,8 @@ class Stage:
                 f"{self.name}: {changes(before, self.inputs)} since {self.folder} was made; run again with --redo to"
                 " do it anew (recorded answers are used again), or give another --run-folder"
             )
-        if done is not None and there and before == self.inputs and not (redo and done.get("n_failed")):
+        more_to_ask = done is not None and (done.get("n_not_asked") or (redo and done.get("n_failed")))
+        if done is not None and there and before == self.inputs and not more_to_ask:
             log.info("%s: done already, skipped", self.name)
             return self.read_result(kind, done)
         (self.folder / "result.json").unlink(missing_ok=True)
@@ -86,6 +92,16 @@ class Stage:
     def seconds(self) -> float:
         """Seconds since this stage began."""
         return round(time.perf_counter() - self.begin, 3)
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """The numbers of every stage that was finished, in that order; a line that was cut by a crash is left out."""
+    found = []
+    path = run_folder / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 @contextmanager

@@ -1,117 +1,100 @@
-"""Stage 2: a linear head on a frozen encoder learns the teacher's ratings."""
+"""Stage 2: linear heads on a frozen encoder learn what the teacher said."""
 
 import hashlib
 import logging
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import metrics
+from pipeline import metrics, targets
 from pipeline.config import Recipe
 from pipeline.corpus import text_id
 from pipeline.encoder import Embeddings, Encoder
 from pipeline.errors import UserError
-from pipeline.metrics import Floats
-from pipeline.ratings import Ratings, read
+from pipeline.figures import Figures, LabelFigures, ScoreFigures, of_label, of_labels, of_score
+from pipeline.heads import N_FOLDS, Fit, fit_head, known
+from pipeline.metrics import Bools
 from pipeline.storage import write_table
-from pipeline.student import Student
-from pipeline.tracking import Result, Stage, progress, stage, upstream
+from pipeline.student import Student, schema_of
+from pipeline.targets import Kind, Sources, Target, TrainingSet
+from pipeline.tracking import Result, Stage, progress, stage
 
 log = logging.getLogger("gristmill")
 
-STRENGTHS = np.logspace(-3, 3, 25)
-"""Ridge strengths tried, for embeddings of about unit length."""
-
-N_FOLDS = 5
-
 FEWEST = 10
-"""Ratings below which no head is trained."""
+"""Documents with a target below which no head is trained."""
+
+FEWEST_TO_JUDGE = 2
+"""Documents with a target that validation and test part must have each."""
 
 ENOUGH = 200
-"""Ratings below which the figures say little, and the log says so."""
+"""Documents with a target below which the figures say little, and the log says so."""
 
 WEAK = 0.3
 """Spearman below which the log says that little was learned."""
 
+PARTS = ("train", "validation", "test")
+
 Split = NDArray[np.str_]
 
 
-class Fit(NamedTuple):
-    """A trained head. `strength` is the ridge penalty, `cut` the student's score from which documents count as
-    good."""
-
-    weight: NDArray[np.float32]
-    bias: float
-    strength: float
-    cut: float
-
-
 class TrainResult(Result):
-    """What stage 2 found; every figure but `cut` is on the test part, which nothing was chosen on."""
+    """What stage 2 found."""
 
     n_train: int
     n_validation: int
     n_test: int
     n_unscored: int
+    """Documents of which no target is known."""
     n_truncated: int
     encoder: str
-    strength: float
-    good_from: float
-    """Teacher score from which a document counts as good."""
-    good_share: float
-    """Share of the test part that is: the precision of keeping everything."""
-    cut: float
-    """Student score that finds them best, chosen on the validation part."""
-    spearman: float | None
-    mae: float
-    macro_f1: float
-    auc: float | None
-    """Student's score against good or not by the teacher."""
-    kept: dict[str, float]
-    """Precision, recall and F1 of what the student keeps at `cut`, against the teacher."""
-    kept_at_good_from: dict[str, float]
-    """The same with the student cut at good_from itself."""
-    gold: dict[str, float | int | None] | None
-    """The student against the known quality."""
+    targets: dict[str, Figures]
+
+
+class Lesson(NamedTuple):
+    """One target with its trained head, and what the student says of every document."""
+
+    target: Target
+    fit: Fit
+    predicted: Any
+    """Scores (n,), labels (n,) or n lists of labels."""
+    good_from: float | None
+    cut: float | None
+    """Of scores only: the teacher's and the student's score from which a document counts as good."""
 
 
 def run(recipe: Recipe, redo: bool = False) -> TrainResult:
     """Train on the train part, choose on the validation part, report on the test part."""
-    path = ratings_path(recipe)
-    with stage("train", recipe, inputs(recipe, path)) as work:
+    found = targets.sources(recipe)
+    with stage("train", recipe, inputs(recipe, found)) as work:
         done = work.finished(TrainResult, redo, (work.folder / "student" / "head.safetensors").exists())
         if done:
             return done
-        ratings = read(path)
-        good = good_from(recipe, ratings.scale)
-        check_good_from(good, ratings.scale)
-        parts = split(ratings.texts, recipe)
-        check(ratings, parts)
+        given = targets.read(found)
+        parts = split(given.texts, recipe)
+        check_columns(given.targets)
+        for target in given.targets:
+            check(target, parts, recipe)
         encoder = Encoder(recipe.encoder)
-        with progress("train", len(ratings.texts)) as step:
-            embeddings, n_truncated = encoder.embed(ratings.texts, step)
-        fit = fit_head(embeddings, ratings.scores, parts, good, recipe.seed)
-        predicted = (embeddings @ fit.weight + np.float32(fit.bias)).astype(np.float64)
-        result = report(work, ratings, parts, predicted, fit, good, n_truncated)
-        write_predictions(work, ratings, parts, predicted)
-        student(recipe, encoder, ratings, fit, result).save(work.folder / "student")
-        if result.spearman is None or result.spearman < WEAK:
-            log.warning("train: the student hardly follows its teacher; rate more documents or try another encoder")
+        with progress("train", len(given.texts)) as step:
+            embeddings, n_truncated = encoder.embed(given.texts, step)
+        lessons = [learn(target, embeddings, parts, recipe) for target in given.targets]
+        made = student(recipe, encoder, lessons)
+        result = report(work, given, parts, lessons, n_truncated)
+        write_predictions(work, given, parts, lessons)
+        made.about.update(origin(given, result))
+        made.save(work.folder / "student")
+        warn_if_weak(result)
         return work.finish(result)
 
 
-def ratings_path(recipe: Recipe) -> Path:
-    """The ratings to learn from."""
-    return upstream(recipe.train.ratings, recipe, "rate/ratings.parquet", "train")
-
-
-def inputs(recipe: Recipe, path: Path) -> dict[str, object]:
+def inputs(recipe: Recipe, found: Sources) -> dict[str, object]:
     """Everything that decides the student."""
     return {
-        "ratings": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+        "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in found.values()},
         "encoder": recipe.encoder.identity(),
         "train": recipe.train.identity(),
         "seed": recipe.seed,
@@ -129,22 +112,43 @@ def check_good_from(value: float, scale: tuple[float, float]) -> None:
         raise UserError(f"train.good_from: {value:g} must be above {scale[0]:g} and at most {scale[1]:g}")
 
 
-def check(ratings: Ratings, parts: Split) -> None:
-    """Refuse ratings nothing can be learned from."""
-    n, n_train = len(ratings.scores), int(np.sum(parts == "train"))
+def check_columns(learned: Sequence[Target]) -> None:
+    """Refuse targets whose columns would overwrite each other or the document's."""
+    names = ["id", "split", *(name for target in learned for name in schema_of(target.name, target.kind).names)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"train.targets: two columns would be called {twice!r}; learn them apart, or rename one")
+
+
+def check(target: Target, parts: Split, recipe: Recipe) -> None:
+    """Refuse a target of which nothing can be learned."""
+    if target.name == "score" and target.scale:
+        check_good_from(good_from(recipe, target.scale), target.scale)
+    there = known(target)
+    n, of_part = int(there.sum()), {name: int(np.sum(there & (parts == name))) for name in PARTS}
+    more = "rate" if target.kind == "score" else "label"
     if n < FEWEST:
         raise UserError(
-            f"train: only {n} documents have a score; rate at least {FEWEST}, better a thousand (--sample)"
+            f"train: only {n} documents have a {target.name}; {more} at least {FEWEST}, better a thousand (--sample)"
         )
-    if n_train < N_FOLDS:
+    if of_part["train"] < N_FOLDS:
         raise UserError(
-            f"train: only {n_train} of {n} documents are left to learn from; lower train.validation_share and"
-            " train.test_share, or rate more distinct texts"
+            f"train: only {of_part['train']} of {n} documents with a {target.name} are left to learn from; lower"
+            f" train.validation_share and train.test_share, or {more} more distinct texts"
         )
-    if np.ptp(ratings.scores) == 0:
-        raise UserError(f"train: all {n} scores are {ratings.scores[0]:g}; mend the prompt or choose another teacher")
+    if min(of_part.values()) < FEWEST_TO_JUDGE:
+        raise UserError(
+            f"train: of {n} documents with a {target.name} only {of_part['validation']} are in the validation part and"
+            f" {of_part['test']} in the test part; {more} more"
+        )
+    taught = pick(target.values, there & (parts == "train"))
+    if all(value == taught[0] for value in taught):
+        raise UserError(
+            f"train: all {len(taught)} documents to learn from have the {target.name} {taught[0]}; mend the prompt or"
+            " choose another teacher"
+        )
     if n < ENOUGH:
-        log.warning("train: %d ratings are few; expect figures to be far off", n)
+        log.warning("train: %d documents with a %s are few; expect figures to be far off", n, target.name)
 
 
 def split(texts: list[str], recipe: Recipe) -> Split:
@@ -160,65 +164,127 @@ def split(texts: list[str], recipe: Recipe) -> Split:
     return names[np.searchsorted(distinct, ids)]
 
 
-def fit_head(embeddings: Embeddings, scores: Floats, parts: Split, good_from: float, seed: int) -> Fit:
-    """Ridge on the train part, its strength by 5-fold cross-validation there; the cut by F1 on validation."""
-    from sklearn.linear_model import RidgeCV
-    from sklearn.model_selection import KFold
-
-    learn, choose = parts == "train", parts == "validation"
-    folds = KFold(N_FOLDS, shuffle=True, random_state=seed)
-    ridge = RidgeCV(STRENGTHS, cv=folds, scoring="neg_mean_squared_error")
-    ridge.fit(embeddings[learn].astype(np.float64), scores[learn])
-    weight, bias = ridge.coef_.astype(np.float32), float(ridge.intercept_)
-    predicted = (embeddings[choose] @ weight + np.float32(bias)).astype(np.float64)
-    truth = scores[choose] >= good_from
-    cut = metrics.best_cut(truth, predicted) if truth.any() else good_from
-    return Fit(weight, bias, float(ridge.alpha_), cut)
+def learn(target: Target, embeddings: Embeddings, parts: Split, recipe: Recipe) -> Lesson:
+    """Fit one head on the train part; of a score, choose the cut by F1 on the validation part."""
+    fit = fit_head(target, embeddings, parts == "train", recipe.seed)
+    predicted = fit.head.predict(embeddings)[target.name]
+    if target.kind != "score":
+        return Lesson(target, fit, predicted, None, None)
+    good = good_score(target, recipe)
+    return Lesson(target, fit, predicted.astype(np.float64), good, best_cut(target, predicted, parts, good))
 
 
-def report(
-    work: Stage, ratings: Ratings, parts: Split, predicted: Floats, fit: Fit, good_from: float, n_truncated: int
-) -> TrainResult:
-    """The figures on the test part."""
-    test = parts == "test"
-    truth, guess = ratings.scores[test], predicted[test]
-    good = truth >= good_from
-    gold = [value for value, held_out in zip(ratings.gold, test, strict=True) if held_out]
+def good_score(target: Target, recipe: Recipe) -> float:
+    """train.good_from is about the score; attributes are good from the middle of their scales."""
+    assert target.scale is not None
+    return good_from(recipe, target.scale) if target.name == "score" else sum(target.scale) / 2
+
+
+def best_cut(target: Target, predicted: NDArray[np.floating], parts: Split, good_from: float) -> float:
+    """The student's score that finds the validation part's good documents best; good_from if it has none."""
+    choose = known(target) & (parts == "validation")
+    truth = pick(target.values, choose)
+    good = np.array(truth, dtype=np.float64) >= good_from
+    return metrics.best_cut(good, predicted[choose].astype(np.float64)) if good.any() else good_from
+
+
+def pick(values: Sequence[Any], chosen: Bools) -> list[Any]:
+    """The chosen values, in order."""
+    return [value for value, is_chosen in zip(values, chosen, strict=True) if is_chosen]
+
+
+def student(recipe: Recipe, encoder: Encoder, lessons: list[Lesson]) -> Student:
+    """The encoder that was used, and the heads."""
+    settings = recipe.encoder.model_copy(update={"revision": encoder.revision})
+    return Student(settings, tuple(lesson.fit.head for lesson in lessons))
+
+
+def origin(given: TrainingSet, result: TrainResult) -> dict[str, Any]:
+    """Where a student comes from."""
+    return {
+        "prompts": list(given.prompts),
+        "teachers": list(given.teachers),
+        "rounding": "int_score is floor(score + 0.5), clipped to the scale",
+        "metrics": result.model_dump(mode="json", exclude={"seconds"}),
+    }
+
+
+def write_predictions(work: Stage, given: TrainingSet, parts: Split, lessons: list[Lesson]) -> None:
+    """What the student says of each document, beside the teacher."""
+    columns = {"id": pa.array(given.ids, pa.string()), "split": pa.array(parts.tolist())}
+    for lesson in lessons:
+        name, kind = lesson.target.name, TYPES[lesson.target.kind]
+        columns[name] = pa.array(lesson.target.values, kind)
+        columns[f"predicted_{name}"] = pa.array(lesson.predicted, kind)
+    write_table(work.folder / "predictions.parquet", pa.table(columns))
+
+
+TYPES: dict[Kind, pa.DataType] = {"score": pa.float64(), "label": pa.string(), "labels": pa.list_(pa.string())}
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def report(work: Stage, given: TrainingSet, parts: Split, lessons: list[Lesson], n_truncated: int) -> TrainResult:
+    """The figures of every target on the test part."""
     return TrainResult(
         seconds=work.seconds,
         n_train=int(np.sum(parts == "train")),
         n_validation=int(np.sum(parts == "validation")),
-        n_test=int(test.sum()),
-        n_unscored=ratings.n_unscored,
+        n_test=int(np.sum(parts == "test")),
+        n_unscored=given.n_unscored,
         n_truncated=n_truncated,
         encoder=work.recipe.encoder.model,
-        strength=fit.strength,
-        good_from=good_from,
-        good_share=float(good.mean()),
-        cut=fit.cut,
-        spearman=metrics.spearman(truth, guess),
-        mae=float(np.mean(np.abs(truth - guess))),
-        macro_f1=metrics.macro_f1(metrics.int_scores(truth, ratings.scale), metrics.int_scores(guess, ratings.scale)),
-        auc=metrics.auc(good, guess),
-        kept=metrics.kept_class(good, guess >= fit.cut),
-        kept_at_good_from=metrics.kept_class(good, guess >= good_from),
-        gold=metrics.against_gold(guess, gold, metrics.is_binary(ratings.gold)),
+        targets={lesson.target.name: figures_of(lesson, parts, given.gold) for lesson in lessons},
     )
 
 
-def write_predictions(work: Stage, ratings: Ratings, parts: Split, predicted: Floats) -> None:
-    """What the student says of each rated document, beside the teacher."""
-    table = pa.table({"id": ratings.ids, "split": parts.tolist(), "score": ratings.scores, "predicted": predicted})
-    write_table(work.folder / "predictions.parquet", table)
+def figures_of(lesson: Lesson, parts: Split, gold: list[float | None]) -> Figures:
+    """One target's figures; only the score itself is held against the known quality."""
+    target, there = lesson.target, known(lesson.target)
+    test = there & (parts == "test")
+    learned, truth = (pick(target.values, chosen) for chosen in (there & (parts == "train"), test))
+    guess = pick(list(lesson.predicted), test)
+    n_missing, strength = int(np.sum(~there)), lesson.fit.strength
+    if target.kind == "label":
+        return of_label(learned, truth, list(map(str, guess)), target.labels, n_missing, strength)
+    if target.kind == "labels":
+        return of_labels(sets(learned), sets(truth), sets(guess), target.labels, n_missing, strength)
+    assert target.scale is not None and lesson.good_from is not None and lesson.cut is not None
+    scores = np.array(guess, dtype=np.float64)
+    quality = (
+        metrics.against_gold(scores, pick(gold, test), metrics.is_binary(gold)) if target.name == "score" else None
+    )
+    return of_score(
+        truth=np.array(truth, dtype=np.float64),
+        guess=scores,
+        scale=target.scale,
+        good_from=lesson.good_from,
+        cut=lesson.cut,
+        gold=quality,
+        n_missing=n_missing,
+        strength=strength,
+    )
 
 
-def student(recipe: Recipe, encoder: Encoder, ratings: Ratings, fit: Fit, result: TrainResult) -> Student:
-    """The student with its origin."""
-    about = {
-        "prompt": ratings.prompt,
-        "teacher": ratings.teacher,
-        "rounding": "int_score is floor(score + 0.5), clipped to the scale",
-        "metrics": result.model_dump(mode="json", exclude={"seconds", "n_failed"}),
-    }
-    settings = recipe.encoder.model_copy(update={"revision": encoder.revision})
-    return Student(settings, fit.weight, fit.bias, ratings.scale, about)
+def sets(values: list[list[str]]) -> list[frozenset[str]]:
+    """Lists of labels without their order."""
+    return [frozenset(labels) for labels in values]
+
+
+def warn_if_weak(result: TrainResult) -> None:
+    """Say so when a head hardly follows the teacher, or guesses no better than without reading."""
+    for name, found in result.targets.items():
+        if is_weak(found):
+            log.warning(
+                "train: the student hardly follows its teacher in %s; rate more documents or try another encoder", name
+            )
+
+
+def is_weak(found: Figures) -> bool:
+    """Whether a target was hardly learned."""
+    if isinstance(found, ScoreFigures):
+        return found.spearman is None or found.spearman < WEAK
+    if isinstance(found, LabelFigures):
+        return found.accuracy <= found.majority_share
+    return found.exact_match <= found.majority_share and found.micro_f1 < WEAK

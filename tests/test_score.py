@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -9,14 +10,15 @@ import pytest
 
 from pipeline import config, formats, score, student
 from pipeline.errors import UserError
-from pipeline.student import Student
+from pipeline.student import Head, Student
 
 
 @pytest.fixture
 def student_folder(tmp_path: Path, tiny_encoder: Path) -> Path:
     settings = config.Encoder(model=str(tiny_encoder), max_tokens=64, dtype="float32", device="cpu")
     weight = np.random.default_rng(0).normal(size=32).astype(np.float32)
-    Student(settings, weight, 2.5, (0, 5)).save(tmp_path / "student")
+    head = Head("score", "score", weight[None], np.array([2.5], np.float32), (0, 5))
+    Student(settings, (head,)).save(tmp_path / "student")
     return tmp_path / "student"
 
 
@@ -50,7 +52,7 @@ def test_every_document_gets_a_score_and_an_int_score_in_its_place(
         expected = loaded.score(before["text"].to_pylist())
         np.testing.assert_allclose(after["score"].to_numpy(), expected, atol=1e-4)
         assert after["int_score"].to_pylist() == np.clip(np.floor(after["score"].to_numpy() + 0.5), 0, 5).tolist()
-    assert sum(result.int_score_counts.values()) == 60
+    assert sum(result.int_score_counts.values()) == 60 and result.label_counts == {}
 
 
 def test_empty_and_null_texts_have_null_scores_and_are_counted(tmp_path: Path, student_folder: Path):
@@ -149,7 +151,8 @@ def test_another_student_scores_everything_again(tmp_path: Path, corpus_folder: 
     settings = recipe(tmp_path, corpus_folder, student_folder)
     score.run(settings)
     changed = student.load(student_folder)
-    changed.bias += 1
+    (head,) = changed.heads
+    changed.heads = (replace(head, bias=head.bias + 1),)
     changed.save(student_folder)
     with pytest.raises(UserError, match=r"settings.student changed"):
         score.run(settings)
@@ -212,12 +215,12 @@ def test_windows_of_rows_bound_the_memory_of_a_shard(tmp_path: Path, student_fol
     monkeypatch.setattr(formats, "BATCH_ROWS", 64)
     pq.write_table(pa.table({"text": [f"text {i}" for i in range(300)]}), tmp_path / "corpus.parquet")
     seen: list[int] = []
-    original = Student.score_counted
+    original = Student.predict_counted
 
     def watched(self, texts, step):
         seen.append(len(texts))
         return original(self, texts, step)
 
-    monkeypatch.setattr(Student, "score_counted", watched)
+    monkeypatch.setattr(Student, "predict_counted", watched)
     score.run(recipe(tmp_path, tmp_path / "corpus.parquet", student_folder))
     assert seen == [64, 64, 64, 64, 44]

@@ -23,7 +23,7 @@ from transformers import (
 from pipeline import config, student
 from pipeline.encoder import Encoder
 from pipeline.errors import UserError
-from pipeline.student import Student
+from pipeline.student import Head, Student
 
 
 def encoder(folder: Path, **settings: object) -> Encoder:
@@ -133,21 +133,23 @@ def test_odd_texts_are_embedded(tiny_encoder: Path):
 def make_student(folder: Path) -> Student:
     settings = config.Encoder(model=str(folder), max_tokens=64, dtype="float32", device="cpu")
     weight = np.linspace(-1, 1, 32).astype(np.float32)
-    return Student(settings, weight, 0.25, (0, 5), {"prompt": "p"})
+    head = Head("score", "score", weight[None], np.array([0.25], np.float32), (0, 5))
+    return Student(settings, (head,), {"prompts": ["p"]})
 
 
 def test_a_student_loads_again_with_one_line_and_scores_the_same(tmp_path: Path, tiny_encoder: Path, texts: list[str]):
     made = make_student(tiny_encoder)
     made.save(tmp_path)
     np.testing.assert_array_equal(student.load(tmp_path).score(texts[:5]), made.score(texts[:5]))
-    assert student.load(tmp_path).scale == (0, 5)
+    assert student.load(tmp_path).heads[0].scale == (0, 5)
+    assert student.load(tmp_path).about == {"prompts": ["p"]}
     assert made.score(texts[:5]).dtype == np.float32
 
 
 def test_the_score_is_embedding_times_weight_plus_bias(tiny_encoder: Path, texts: list[str]):
     made = make_student(tiny_encoder)
     embedding = made.encoder.embed(texts[:1])[0][0]
-    assert made.score(texts[:1])[0] == pytest.approx(float(embedding @ made.weight) + 0.25, abs=1e-4)
+    assert made.score(texts[:1])[0] == pytest.approx(float(embedding @ made.heads[0].weight[0]) + 0.25, abs=1e-4)
 
 
 def test_the_student_folder_holds_no_pickle_and_names_its_encoder(tmp_path: Path, tiny_encoder: Path):
@@ -164,12 +166,25 @@ def test_a_damaged_student_is_refused_in_one_line(tmp_path: Path, tiny_encoder: 
         student.load(tmp_path)
 
 
-def test_a_student_of_another_format_is_refused(tmp_path: Path, tiny_encoder: Path):
+@pytest.mark.parametrize("other", [1, 99])
+def test_a_student_of_another_format_is_refused(tmp_path: Path, tiny_encoder: Path, other: int):
     make_student(tiny_encoder).save(tmp_path)
-    text = (tmp_path / "student.json").read_text().replace('"format": 1', '"format": 99')
-    (tmp_path / "student.json").write_text(text)
+    text = (tmp_path / "student.json").read_text()
+    assert '"format": 2' in text
+    (tmp_path / "student.json").write_text(text.replace('"format": 2', f'"format": {other}'))
     with pytest.raises(UserError, match="another version"):
         student.load(tmp_path)
+
+
+def test_scores_come_with_whole_scores_and_no_texts_give_none(tiny_encoder: Path, texts: list[str]):
+    made = make_student(tiny_encoder)
+    found = made.predict(texts[:5])
+    assert list(found) == ["score", "int_score"] == made.schema.names
+    assert found["int_score"].tolist() == np.clip(np.floor(found["score"] + 0.5), 0, 5).tolist()
+    assert found["int_score"].dtype == np.int8
+    assert made.score([]).shape == (0,) and len(made.predict([])["int_score"]) == 0
+    with pytest.raises(TypeError, match="a list of texts"):
+        made.score("one string")
 
 
 def test_an_encoder_that_cannot_be_loaded_is_named(tmp_path: Path):

@@ -1,19 +1,31 @@
-"""Who runs a teacher: one file per engine, each with one function `ask` (see pipeline.teacher.Ask)."""
+"""Who runs a teacher: one file per engine, each with a function `started` that yields an Ask (pipeline.teacher)."""
+
+from contextlib import AbstractContextManager
 
 from pipeline.config import Teacher
 from pipeline.errors import UserError, required
 from pipeline.teacher import Ask
 
 
-def engine(teacher: Teacher) -> Ask:
-    """The engine by its name; its libraries are imported only now."""
+def engine(teacher: Teacher) -> AbstractContextManager[Ask]:
+    """The engine by its name; its libraries are imported now, its model is loaded when it is entered."""
     required(teacher.model, "teacher.model", "Qwen/Qwen3-8B")
     if "@" in (teacher.base_url or ""):
         raise UserError("teacher.base_url: a URL must not hold a password; put the key in the environment")
+    if teacher.batch_folder and teacher.engine != "openai":
+        raise UserError(f"teacher.batch_folder: {teacher.engine} asks no endpoint; set --teacher.engine openai")
+    if teacher.batch_folder:
+        from pipeline.engines import batch
+
+        return batch.started(teacher)
     if teacher.engine == "openai":
         from pipeline.engines import openai
 
-        return openai.ask
+        return openai.started(teacher)
+    if teacher.engine == "vllm":
+        from pipeline.engines import vllm
+
+        return vllm.started(teacher)
     from pipeline.engines import transformers
 
-    return transformers.ask
+    return transformers.started(teacher)

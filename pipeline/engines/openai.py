@@ -1,6 +1,7 @@
 """A teacher behind any OpenAI-compatible endpoint: many requests in flight, failed ones sent again."""
 
 import asyncio
+import functools
 import json
 import logging
 import math
@@ -8,33 +9,30 @@ import os
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.config import Teacher
+from pipeline.engines.completions import CHAT, Json, NoAnswer, Request, Server, dig, parse, wording
 from pipeline.errors import UserError, needs
-from pipeline.models import first_tokens, locate
-from pipeline.prompts import CUT_MARK, Prompt, log_sum_exp
-from pipeline.teacher import Answer, Question, Record
+from pipeline.prompts import Prompt
+from pipeline.teacher import Answer, Ask, Question, Record
 
 log = logging.getLogger("gristmill")
 
 OPENAI_URL = "https://api.openai.com/v1"
-
-BYTES_PER_TOKEN = 4
-"""Stands in for an unknown tokenizer when documents are cut."""
 
 GIVE_UP_AFTER = 20
 """Documents without an answer in a row before the endpoint counts as down, and answers without a single candidate
 before the prompt counts as wrong."""
 
 CONNECT_S = 10.0
+LOOK_S = 5.0
+"""How long an endpoint may take to say what it is."""
 LONGEST_PAUSE_S = 120.0
-
-ROUNDING = 0.01
-"""Log-probabilities that are larger are none."""
 
 PASSING = {408, 409, 425, 429}
 """Statuses that pass, beside those from 500 on: the request is sent again."""
@@ -42,42 +40,39 @@ PASSING = {408, 409, 425, 429}
 ABOUT_THE_DOCUMENT = {400, 413, 422}
 """Statuses that speak of one request: too long, not allowed."""
 
-CONTROL = re.compile(
-    r"<[|｜][^<>\s]{1,40}[|｜]>|</?s>|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<</?SYS>>"
-    r"|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>",
-    re.IGNORECASE,
-)
-"""Control tokens of common chat templates, which some servers obey inside a document."""
-
-Cut = Callable[[str], tuple[str, bool]]
-Json = Any
-Pairs = list[tuple[str, float]]
+EXTRAS = {
+    "logprob_token_ids": r"logprob_token_ids",
+    "structured_outputs": r"structured|grammar|schema|regex|guided",
+    "response_format": r"response_format|schema",
+}
+"""Fields of a request that an endpoint may not take, and what it speaks of when it refuses them."""
 
 
-def ask(prompt: Prompt, teacher: Teacher, questions: list[Question], answered: set[str], record: Record) -> None:
-    """Ask an endpoint; an answer is recorded the moment it arrives."""
-    open_questions = [question for question in questions if question.key not in answered]
-    if open_questions:
-        asyncio.run(Endpoint(prompt, teacher, record, proven=bool(answered)).ask_all(open_questions))
+@contextmanager
+def started(teacher: Teacher) -> Iterator[Ask]:
+    """An endpoint needs no starting; what it is, is looked up when there is something to ask."""
+    server = functools.cache(lambda: look(teacher))
 
+    def ask(prompt: Prompt, teacher: Teacher, questions: list[Question], answered: set[str], record: Record) -> None:
+        open_questions = [question for question in questions if question.key not in answered]
+        if open_questions:
+            asyncio.run(Endpoint(prompt, teacher, server(), record, proven=bool(answered)).ask_all(open_questions))
 
-class NoAnswer(Exception):
-    """A request that came to nothing without an error being sent: time-out, or something that is no completion."""
+    yield ask
 
 
 class Endpoint:
     """One endpoint with one prompt. `proven`: it has answered this prompt before, so its settings are right."""
 
-    def __init__(self, prompt: Prompt, teacher: Teacher, record: Record, proven: bool) -> None:
-        self.openai = needs("openai", "openai")
-        self.stamina = needs("stamina", "openai")
-        self.stamina.instrumentation.set_on_retry_hooks([])  # note() says more
-        self.prompt, self.settings, self.record = prompt, teacher, record
+    def __init__(self, prompt: Prompt, teacher: Teacher, server: Server, record: Record, proven: bool) -> None:
+        self.openai, self.stamina = libraries()
+        self.prompt, self.settings, self.server, self.record = prompt, teacher, server, record
         self.url, self.key = url_of(teacher), key_of(teacher)
-        self.cut = cutter(teacher)
+        self.wording = wording(prompt, teacher, server)
         self.proven, self.saw_candidate = proven, proven
         self.n_answered = self.n_failed_in_a_row = 0
         self.failures: Counter[str] = Counter()
+        self.n_empty = 0
 
     async def ask_all(self, questions: list[Question]) -> None:
         """Keep `concurrency` requests in flight until every question is answered or has failed."""
@@ -103,43 +98,36 @@ class Endpoint:
         """Ask one question after another."""
         for question in queue:
             begin = time.perf_counter()
-            document, was_truncated = self.prepare(question.text)
+            document, was_truncated = self.wording.prepare(question.text)
             answer = await self.answer(client, document)
             seconds = time.perf_counter() - begin
-            self.record([(question.key, replace(answer, seconds=seconds, was_truncated=was_truncated))])
-
-    def prepare(self, text: str) -> tuple[str, bool]:
-        """The document as it is sent, unable to leave its place, and whether it was cut.
-
-        It is cut before it is guarded, so that 50 MB cost no more than a page, and again should the guards be long.
-        """
-        short, was_truncated = self.cut(well_formed(text))
-        safe, cut_again = self.cut(self.prompt.fence(break_control_tokens(short)))
-        was_truncated = was_truncated or cut_again
-        return safe + (CUT_MARK if was_truncated else ""), was_truncated
+            if not self.record([(question.key, replace(answer, seconds=seconds, was_truncated=was_truncated))]):
+                deque(queue, maxlen=0)
 
     # -- retries
 
-    async def answer(self, client: Any, document: str) -> Answer:
+    async def answer(self, client: Any, document: Any) -> Answer:
         """One answer, or a failed one after all retries."""
         try:
-            answer = await self.retried(client, document)
+            answers = [await self.retried(client, document, part) for part in self.wording.parts]
         except (self.openai.OpenAIError, NoAnswer) as error:
             return self.failed(error)
+        answer = self.wording.join(answers)
+        self.check_candidates(answer, list(answers[0].log_probs or {}))
+        self.tell_of_reasoning(answer)
         self.proven = True
         self.n_answered += 1
         self.n_failed_in_a_row = 0
         return answer
 
-    async def retried(self, client: Any, document: str) -> Answer:
+    async def retried(self, client: Any, document: Any, part: tuple[int, ...]) -> Answer:
         """Send until it succeeds or the retries are used up."""
-        send = self.send_chat if self.prompt.chat else self.send_text
         attempts = self.settings.retries + 1
         async for attempt in self.stamina.retry_context(
             on=self.pause_before_retry, attempts=attempts, timeout=None, wait_initial=0.5, wait_max=30.0
         ):
             with attempt:
-                return await send(client, document)
+                return await self.send(client, document, part)
         raise AssertionError("unreachable")
 
     def pause_before_retry(self, error: Any) -> bool | float:
@@ -197,92 +185,148 @@ class Endpoint:
 
     # -- one request
 
-    async def send_chat(self, client: Any, document: str) -> Answer:
-        """One chat completion."""
-        messages = self.prompt.turns(document)
-        extra: dict[str, Json] = {}
-        if self.prompt.answer_start:
-            messages = [*messages, {"role": "assistant", "content": self.prompt.answer_start}]
-            extra = {"continue_final_message": True, "add_generation_prompt": False}
-        if self.settings.chat_template_args:
-            extra["chat_template_kwargs"] = self.settings.chat_template_args
-        rivals = {"logprobs": True, "top_logprobs": self.settings.top_logprobs}
-        response = await self.send(client.chat.completions, {"messages": messages}, {**self.sampling(rivals), **extra})
-        shown = dig(response, "choices", 0, "logprobs", "content")
-        tops = None if shown is None else pairs(dig(shown, 0, "top_logprobs"))
-        return self.read(response, dig(response, "choices", 0, "message"), "content", tops)
-
-    async def send_text(self, client: Any, document: str) -> Answer:
-        """One plain completion (prompts with chat: false)."""
-        before, after = self.prompt.around()
-        system = f"{self.prompt.system}\n\n" if self.prompt.system else ""
-        text = system + before + document + after + self.prompt.answer_start
-        rivals = {"logprobs": self.settings.top_logprobs}
-        response = await self.send(client.completions, {"prompt": text}, self.sampling(rivals))
-        shown = dig(response, "choices", 0, "logprobs", "top_logprobs")
-        tops = None if shown is None else pairs(dig(shown, 0))
-        return self.read(response, dig(response, "choices", 0), "text", tops)
-
-    async def send(self, endpoint: Any, question: dict[str, Json], options: dict[str, Json]) -> Json:
-        """The response to one request, as plain JSON; `args: {temperature: null}` takes an option away."""
-        options = {name: value for name, value in {**options, **self.settings.args}.items() if value is not None}
-        request = endpoint.with_raw_response.create(model=self.settings.model, **question, extra_body=options)
+    async def send(self, client: Any, document: Any, part: tuple[int, ...]) -> Answer:
+        """What the endpoint says to one request; what it does not take is left out of a second one."""
+        request = self.wording.request(document, part)
         try:
-            response = await asyncio.wait_for(request, self.settings.timeout_s)
+            response = await self.response(client, request)
+        except self.openai.APIStatusError as error:
+            if not self.goes_without(request, error):
+                raise
+            return await self.send(client, document, part)
+        answer = self.wording.read(response)
+        if self.ignored(request, answer):
+            return await self.send(client, document, part)
+        if self.prompt.read == "choices" and answer.log_probs is None and answer.finish != "refused":
+            self.refuse_without_log_probs()
+        return answer
+
+    async def response(self, client: Any, request: Request) -> Json:
+        """The response to one request, as plain JSON."""
+        options = dict(request.body)
+        endpoint, asked = (
+            (client.chat.completions, "messages") if request.path == CHAT else (client.completions, "prompt")
+        )
+        question = {name: options.pop(name) for name in ("model", asked)}
+        sent = endpoint.with_raw_response.create(**question, extra_body=options)
+        try:
+            response = await asyncio.wait_for(sent, self.settings.timeout_s)
         except asyncio.TimeoutError:
             raise NoAnswer(f"no answer within {self.settings.timeout_s:g} s") from None
         return parse(response.content)
 
-    def sampling(self, rivals: dict[str, Json]) -> dict[str, Json]:
-        """The sampling part of a request: one token with its rivals, or a written answer."""
-        settings = self.settings
-        if self.prompt.read == "choices":
-            asked = {"max_tokens": 1, "temperature": 0.0, **rivals}
-        elif settings.temperature == 0:
-            asked = {"max_tokens": settings.max_tokens, "temperature": 0.0}
-        else:
-            asked = {name: getattr(settings, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
-        return asked | ({"max_tokens": None} if "max_completion_tokens" in settings.args else {})
+    def goes_without(self, request: Request, error: Any) -> bool:
+        """Whether the endpoint refused a field that can be left out from now on."""
+        if error.status_code not in ABOUT_THE_DOCUMENT:
+            return False
+        ours = [name for name in EXTRAS if name in request.body and name not in self.settings.args]
+        named = [name for name in ours if re.search(EXTRAS[name], str(error), re.IGNORECASE)]
+        for name in named:
+            self.leave_out(name, self.one_line(error))
+        return bool(named)
 
-    def read(self, response: Json, said: Json, name: str, tops: Pairs | None) -> Answer:
-        """What is kept of a response; `said` holds the text under `name`."""
-        if not isinstance(said, dict) or dig(response, "choices", 0, "error"):
-            raise NoAnswer(f"no completion in the response {str(response)[:80]!r}")
-        finish = dig(response, "choices", 0, "finish_reason")
-        refusal = said.get("refusal")
-        answer = Answer(
-            "length" if finish == "length" else "stop",
-            text=well_formed(str(refusal or said.get(name) or "")),
-            prompt_tokens=whole(dig(response, "usage", "prompt_tokens")),
-            answer_tokens=whole(dig(response, "usage", "completion_tokens")),
-        )
-        if refusal or finish == "content_filter":
-            return replace(answer, finish="refused")
-        if self.prompt.read != "choices":
-            return answer
-        return replace(answer, finish="stop", log_probs=self.log_probs(tops))
+    def ignored(self, request: Request, answer: Answer) -> bool:
+        """Whether the endpoint lists other tokens than those asked for, as one does that does not know the field."""
+        wanted = {f"token_id:{token}" for token in request.body.get("logprob_token_ids", [])}
+        ignored = bool(answer.log_probs) and not wanted <= set(answer.log_probs or {})
+        if ignored:
+            self.leave_out("logprob_token_ids", "it lists other tokens than those asked for")
+        return ignored
 
-    def log_probs(self, tops: Pairs | None) -> dict[str, float]:
-        """Log-probability of each candidate, -inf where it is not listed; tokens of one spelling count together."""
-        if tops is None and self.proven:
+    def leave_out(self, name: str, why: str) -> None:
+        """Send a field no more; said once."""
+        instead = {"logprob_token_ids": f"the {self.settings.top_logprobs} likeliest tokens are asked for instead"}
+        if name not in self.server.refused:
+            said = instead.get(name, "answers are no longer kept to their form")
+            log.info("teacher: %s does not take %s (%s); %s", self.url, name, why, said)
+        self.server.refused.add(name)
+
+    # -- what an answer says about the settings
+
+    def refuse_without_log_probs(self) -> None:
+        """Stop if log-probabilities never come; where they have come before, the request is sent again."""
+        if self.proven:
             raise NoAnswer("no log-probabilities in the response")
-        if tops is None:
-            raise UserError(
-                f"{self.settings.model} at {self.url} returns no log-probabilities; use a prompt with read: generate"
-            )
-        found = {name: log_sum_exp([p for token, p in tops if token == name]) for name in self.prompt.candidates}
-        self.saw_candidate = self.saw_candidate or max(found.values()) > -math.inf
-        if not self.saw_candidate and self.n_answered + 1 >= GIVE_UP_AFTER:
+        raise UserError(
+            f"{self.settings.model} at {self.url} returns no log-probabilities; use a prompt with read: generate"
+        )
+
+    def check_candidates(self, answer: Answer, tokens: list[str]) -> None:
+        """Stop after a while if no candidate was ever among the `tokens` listed."""
+        found = answer.log_probs or {}
+        self.saw_candidate = self.saw_candidate or max(found.values(), default=-math.inf) > -math.inf
+        if found and not self.saw_candidate and self.n_answered + 1 >= GIVE_UP_AFTER:
             raise UserError(
                 f"prompt {self.prompt.name}: none of {', '.join(map(repr, found))} was among the likeliest tokens of"
-                f" {GIVE_UP_AFTER} answers; {self.settings.model} rather says"
-                f" {', '.join(repr(token) for token, _ in tops[:5])}; spell the answers so, or lead to them with"
-                " answer_start"
+                f" {GIVE_UP_AFTER} answers; {self.settings.model} rather says {', '.join(map(repr, tokens[:5]))};"
+                " spell the answers so, or lead to them with answer_start"
             )
-        return found
+
+    def tell_of_reasoning(self, answer: Answer) -> None:
+        """Say once that a model used all its tokens before the answer began."""
+        if answer.finish != "length" or answer.text.strip():
+            return
+        self.n_empty += 1
+        if self.n_empty == 1:
+            log.warning(
+                "teacher: %s wrote %d tokens and no answer; if it reasons first, raise --teacher.max-tokens, or turn"
+                " reasoning off in teacher.chat_template_args or teacher.args",
+                self.settings.model,
+                answer.answer_tokens,
+            )
 
 
 # -- before the first request
+
+
+def libraries() -> tuple[Any, Any]:
+    """openai and stamina, kept from logging by themselves: where OPENAI_LOG is set, versions before 3 write whole
+    requests; of retries `note` says more."""
+    openai, stamina = needs("openai", "openai"), needs("stamina", "openai")
+    logging.getLogger("openai").setLevel(logging.WARNING)
+    stamina.instrumentation.set_on_retry_hooks([])
+    return openai, stamina
+
+
+def look(teacher: Teacher) -> Server:
+    """What the endpoint says of itself, which is free; many say nothing, and nothing depends on it.
+
+    Only where nobody is there it is asked again, as a request would be: it may still be starting.
+    """
+    openai, stamina = libraries()
+    url, key = url_of(teacher), key_of(teacher)
+    try:
+        with openai.OpenAI(api_key=key or "none", base_url=url, timeout=LOOK_S, max_retries=0) as client:
+            for attempt in stamina.retry_context(
+                on=nobody_there, attempts=teacher.retries + 1, timeout=None, wait_initial=0.5, wait_max=30.0
+            ):
+                with attempt:
+                    listed = json.loads(client.models.with_raw_response.list().content)
+    except (openai.OpenAIError, ValueError) as error:
+        if nobody_there(error):
+            raise UserError(
+                f"{url} cannot be reached ({error.__cause__}); start it, or check --teacher.base-url; every answer so"
+                " far is recorded, run the same command to go on"
+            ) from None
+        return Server()
+    return server_of(listed, teacher)
+
+
+def nobody_there(error: Exception) -> bool:
+    """Whether not even a connection came about."""
+    return type(error.__cause__).__name__ == "ConnectError"
+
+
+def server_of(listed: Json, teacher: Teacher) -> Server:
+    """The server that lists these models; a vLLM server is told what it can do for who knows its tokenizer."""
+    models = dig(listed, "data")
+    mine = [model for model in models if dig(model, "id") == teacher.model] if isinstance(models, list) else []
+    if not mine or dig(mine[0], "owned_by") != "vllm":
+        return Server()
+    context = dig(mine[0], "max_model_len")
+    if teacher.tokenizer is None:
+        log.info("teacher: a vLLM server; with --teacher.tokenizer the probabilities of choices would be exact")
+    return Server(is_vllm=True, context=context if isinstance(context, int) else None)
 
 
 def url_of(teacher: Teacher) -> str:
@@ -307,77 +351,6 @@ def key_of(teacher: Teacher) -> str:
     if re.search(r"[^!-~]", key):
         raise UserError(f"teacher.api_key_env: {name} holds something that is no key (spaces, or not ASCII)")
     return key
-
-
-def cutter(teacher: Teacher) -> Cut:
-    """Cuts a document to teacher.document_tokens: exactly if the tokenizer is known, else by bytes."""
-    limit = teacher.document_tokens
-    if teacher.tokenizer is None:
-        n_bytes = limit * BYTES_PER_TOKEN
-        log.info("documents are cut at %d bytes; give --teacher.tokenizer to cut by tokens", n_bytes)
-        return lambda text: cut_bytes(text, n_bytes)
-    where = locate(teacher.tokenizer, "teacher.tokenizer")
-    try:
-        tokenizer = needs("transformers", "torch").AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"teacher.tokenizer: {teacher.tokenizer} cannot be loaded ({reason})") from None
-
-    def cut(text: str) -> tuple[str, bool]:
-        ids, was_truncated = first_tokens(text, limit, tokenizer)
-        return (tokenizer.decode(ids).rstrip("\ufffd") if was_truncated else text), was_truncated
-
-    return cut
-
-
-def cut_bytes(text: str, limit: int) -> tuple[str, bool]:
-    """The first bytes of a text, whole characters only."""
-    raw = text.encode()
-    return raw[:limit].decode("utf-8", "ignore"), len(raw) > limit
-
-
-def break_control_tokens(text: str) -> str:
-    """The text with chat-template tokens broken by a backslash, for servers that would obey them."""
-    return CONTROL.sub(lambda m: m[0][0] + "\\" + m[0][1:], text)
-
-
-def well_formed(text: str) -> str:
-    """The text without lone surrogates, which UTF-8 cannot hold."""
-    return text.encode("utf-8", "replace").decode()
-
-
-# -- reading a response
-
-
-def parse(content: bytes) -> Json:
-    """The body of a response."""
-    try:
-        return json.loads(content)
-    except ValueError:
-        raise NoAnswer(f"no JSON in the response {content[:80]!r}") from None
-
-
-def dig(value: Json, *path: str | int) -> Json:
-    """A part of a response; None where the path ends early."""
-    for step in path:
-        try:
-            value = value[step]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return value
-
-
-def pairs(listed: Json) -> Pairs:
-    """Tokens with their log-probabilities, listed (chat) or mapped (plain completions)."""
-    if not isinstance(listed, dict | list):
-        return []
-    found = listed.items() if isinstance(listed, dict) else [(dig(x, "token"), dig(x, "logprob")) for x in listed]
-    return [(str(token), float(p)) for token, p in found if isinstance(p, int | float) and p <= ROUNDING]
-
-
-def whole(value: Json) -> int:
-    """A count, 0 if there is none."""
-    return value if isinstance(value, int) else 0
 
 
 def retry_after(headers: Mapping[str, str]) -> float:

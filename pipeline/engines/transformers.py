@@ -4,57 +4,43 @@ computed once."""
 import copy
 import functools
 import inspect
-import logging
 import math
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.config import Teacher
+from pipeline.engines.layout import Layout, Row
 from pipeline.errors import UserError, needs, required
-from pipeline.models import first_tokens, locate, pick_device, pick_dtype, special_tokens_around
-from pipeline.prompts import CUT_MARK, Prompt
-from pipeline.teacher import Answer, Question, Record
-
-log = logging.getLogger("gristmill")
-
-SENTINEL = "⁂DOCUMENT⁂"
-"""Holds the document's place while a chat template is applied."""
-
-
-class Pieces(NamedTuple):
-    """Token ids around a document: `head` is the same for all, `tail` ends with the forced answer beginning."""
-
-    head: list[int]
-    tail: list[int]
-    decoder: list[int]
-    """What an encoder-decoder's answer begins with; empty for causal models."""
-    before_answer: str
-    """The text that the answer follows, back to the document: candidates are tokenised after it."""
-
+from pipeline.models import locate, pick_device, pick_dtype
+from pipeline.prompts import Prompt
+from pipeline.teacher import Answer, Ask, Question, Record
 
 After = Callable[[tuple[int, ...]], Any]
 """Log-probabilities after each of further tokens: (n_rows, n_tokens, vocabulary)."""
 
 
-class Row(NamedTuple):
-    """A document ready to be asked about: its own token ids without the head."""
+@contextmanager
+def started(teacher: Teacher) -> Iterator[Ask]:
+    """The model on its device."""
+    loaded = load(teacher, pick_device(teacher.device))
 
-    key: str
-    ids: list[int]
-    was_truncated: bool
+    def ask(prompt: Prompt, teacher: Teacher, questions: list[Question], answered: set[str], record: Record) -> None:
+        ask_all(LocalTeacher(prompt, teacher, *loaded), questions, answered, record)
+
+    yield ask
 
 
-def ask(prompt: Prompt, teacher: Teacher, questions: list[Question], answered: set[str], record: Record) -> None:
-    """Ask a local model. Batches are planned over all questions, so a resumed run computes the same batches."""
-    local = LocalTeacher(prompt, teacher)
-    rows = sorted((local.row(question) for question in questions), key=lambda row: (len(row.ids), row.key))
-    for batch in batches(rows, len(local.pieces.head) + local.room, teacher.batch_tokens):
+def ask_all(local: "LocalTeacher", questions: list[Question], answered: set[str], record: Record) -> None:
+    """Ask batch by batch. Batches are planned over all questions, so a resumed run computes the same batches."""
+    rows = sorted(map(local.layout.row, questions), key=lambda row: (len(row.ids), row.key))
+    for batch in batches(rows, len(local.layout.pieces.head) + local.layout.room, local.settings.batch_tokens):
         open_rows = [row for row in batch if row.key not in answered]
-        if open_rows:
-            record(local.answers(open_rows))
+        if open_rows and not record(local.answers(open_rows)):
+            return
 
 
 def batches(rows: list[Row], extra: int, budget: int) -> list[list[Row]]:
@@ -72,47 +58,18 @@ def batches(rows: list[Row], extra: int, budget: int) -> list[list[Row]]:
 class LocalTeacher:
     """A loaded model with one prompt."""
 
-    def __init__(self, prompt: Prompt, teacher: Teacher) -> None:
+    def __init__(self, prompt: Prompt, teacher: Teacher, tokenizer: Any, model: Any) -> None:
         self.torch = needs("torch", "torch")
         self.prompt, self.settings = prompt, teacher
-        self.device = pick_device(teacher.device)
-        self.tokenizer, self.model = load(teacher, self.device)
-        self.forward_takes = inspect.signature(self.model.forward).parameters
-        self.encoder_decoder = bool(self.model.config.is_encoder_decoder)
-        start = [self.model.generation_config.decoder_start_token_id] if self.encoder_decoder else []
-        self.pieces = pieces(self.tokenizer, prompt, teacher, start)
-        self.candidates = candidate_ids(self.tokenizer, prompt, self.pieces.before_answer)
-        longest = max((len(ids) for ids in self.candidates.values() if ids), default=0)
-        self.room = longest if prompt.read == "choices" else teacher.max_tokens
-        self.mark = token_ids(self.tokenizer, CUT_MARK)
-        self.document_tokens = self.fit_context()
-        self.document_tokenizer = document_tokenizer(self.tokenizer)
-        self.pad, self.ends = pad_and_ends(self.tokenizer, self.model)
+        self.tokenizer, self.model, self.device = tokenizer, model, model.device
+        self.forward_takes = inspect.signature(model.forward).parameters
+        self.encoder_decoder = bool(model.config.is_encoder_decoder)
+        start = [model.generation_config.decoder_start_token_id] if self.encoder_decoder else []
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.layout = Layout(tokenizer, prompt, teacher, context, start)
+        self.pieces, self.candidates = self.layout.pieces, self.layout.candidates
+        self.pad, self.ends = pad_and_ends(tokenizer, model)
         self.prefix = self.compute_prefix()
-
-    def fit_context(self) -> int:
-        """Tokens a document may have: what was asked for, or what the model's context leaves beside the rubric."""
-        config = self.model.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None) or math.inf
-        around = len(self.pieces.head) + len(self.pieces.tail) + len(self.mark)
-        room = 0 if self.encoder_decoder else self.room
-        free = context - around - room
-        if free < 16:
-            raise UserError(
-                f"prompt {self.prompt.name}: the rubric takes {around} tokens and the answer {room} of the model's"
-                f" {context}; shorten the rubric or lower --teacher.max-tokens"
-            )
-        if free < self.settings.document_tokens:
-            log.info("documents are cut to %d tokens: the model's context holds no more", free)
-        return int(min(free, self.settings.document_tokens))
-
-    def row(self, question: Question) -> Row:
-        """Token ids of one document; its control tokens are spelled out, so it cannot end its turn."""
-        text = self.prompt.fence(question.text.encode("utf-8", "replace").decode())
-        ids, was_truncated = first_tokens(
-            text, self.document_tokens, self.document_tokenizer, split_special_tokens=True
-        )
-        return Row(question.key, ids + (self.mark if was_truncated else []) + self.pieces.tail, was_truncated)
 
     def compute_prefix(self) -> Any:
         """Keys and values of the head, computed once; None where padding behind it would change an answer: sliding
@@ -233,8 +190,8 @@ class LocalTeacher:
         else:
             batch["past_key_values"] = self.prefix_for(len(rows))
         self.torch.manual_seed(self.settings.seed + int(rows[0].key[-8:], 16))
-        out = self.model.generate(**batch, tokenizer=self.tokenizer, **self.options())
         begin = len(self.pieces.decoder) or batch["input_ids"].shape[1]
+        out = self.model.generate(**batch, tokenizer=self.tokenizer, **self.options(), **self.only_answers(begin))
         return [self.written(ids) for ids in out[:, begin:].tolist()]
 
     def options(self) -> dict[str, Any]:
@@ -244,6 +201,17 @@ class LocalTeacher:
         sampled = settings.temperature > 0
         length = {"max_new_tokens": settings.max_tokens, "pad_token_id": self.pad}
         return {**length, "do_sample": sampled, **(sampling if sampled else {}), **settings.args}
+
+    def only_answers(self, begin: int) -> dict[str, Any]:
+        """Lets `generate` write nothing but one of the prompt's permitted answers, where it lists them."""
+        if not (self.layout.answers and self.settings.structured):
+            return {}
+        endings = sorted(self.ends)
+
+        def allowed(_: int, ids: Any) -> list[int]:
+            return self.layout.next_tokens(tuple(ids[begin:].tolist()), endings)
+
+        return {"prefix_allowed_tokens_fn": allowed}
 
     def written(self, ids: list[int]) -> dict[str, Any]:
         """One answer, up to its end token; a batch that ends early was ended by a stop string."""
@@ -268,14 +236,6 @@ def pad_and_ends(tokenizer: Any, model: Any) -> tuple[int, set[int]]:
     ends = ends if isinstance(ends, list) else [ends]
     known = [token for token in [tokenizer.pad_token_id, *ends] if token is not None]
     return (known[0] if known else 0), set(known)
-
-
-def document_tokenizer(tokenizer: Any) -> Any:
-    """A copy that can spell out every control token: also those of the chat template that aren't called special."""
-    plain, template = copy.deepcopy(tokenizer), str(tokenizer.chat_template)
-    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    plain.add_tokens([token for token in added if token.strip() and token in template], special_tokens=True)
-    return plain
 
 
 def load(teacher: Teacher, device: str) -> tuple[Any, Any]:
@@ -304,76 +264,3 @@ def token_ids_only(generation: Any) -> Any:
     work unseen beside ours."""
     kept = {name: value for name, value in generation.to_dict().items() if name.endswith("_token_id")}
     return type(generation)(**kept)
-
-
-def pieces(tokenizer: Any, prompt: Prompt, teacher: Teacher, decoder_start: list[int]) -> Pieces:
-    """The token ids that enclose every document; `decoder_start` is empty for causal models."""
-    rendered = render(tokenizer, prompt, teacher) if prompt.chat else raw(prompt)
-    head, found, tail = rendered.partition(SENTINEL)
-    if not found or SENTINEL in tail:
-        raise UserError(f"prompt {prompt.name}: the chat template of {teacher.model} does not show the document once")
-    begin, end = ([], []) if prompt.chat else special_tokens_around(tokenizer)
-    head_ids, start = begin + token_ids(tokenizer, head), prompt.answer_start
-    if decoder_start:
-        decoder = decoder_start + token_ids(tokenizer, start)
-        return Pieces(head_ids, token_ids(tokenizer, tail) + end, decoder, start)
-    return Pieces(head_ids, token_ids(tokenizer, tail + start), [], tail + start)
-
-
-def render(tokenizer: Any, prompt: Prompt, teacher: Teacher) -> str:
-    """The conversation in the model's chat template, up to where its answer begins."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"teacher.model: {teacher.model} has no chat template; put chat: false in prompt {prompt.name}"
-        )
-    jinja2 = needs("jinja2", "torch")
-    try:
-        rendered = tokenizer.apply_chat_template(
-            prompt.turns(SENTINEL), tokenize=False, add_generation_prompt=True, **teacher.chat_template_args
-        )
-    except jinja2.TemplateError as error:
-        raise UserError(f"prompt {prompt.name}: the chat template of {teacher.model} refuses it ({error})") from None
-    return str(rendered)
-
-
-def raw(prompt: Prompt) -> str:
-    """The prompt without a chat template."""
-    system = f"{prompt.system}\n\n" if prompt.system else ""
-    before, after = prompt.around()
-    return f"{system}{before}{SENTINEL}{after}"
-
-
-def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids without special ones added."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def candidate_ids(tokenizer: Any, prompt: Prompt, before: str) -> dict[str, list[int] | None]:
-    """Token ids of each candidate in its place, after the text before it; None for one that another includes.
-
-    P(candidate) is the product over its tokens. Candidates with the same tokens, or one of which begins with the
-    other, are one event: within a group it is counted once, across groups it is refused.
-    """
-    values = {answer: choice.value for choice in prompt.choices for answer in choice.answers}
-    ids = {name: ids_after(tokenizer, before, name, prompt) for name in values}
-    resolved: dict[str, list[int] | None] = {}
-    for name in sorted(values, key=lambda name: len(ids[name])):
-        includes = [other for other, prefix in resolved.items() if prefix and ids[name][: len(prefix)] == prefix]
-        if includes and values[includes[0]] != values[name]:
-            raise UserError(f"prompt {prompt.name}: to this teacher, candidate {name!r} begins with {includes[0]!r}")
-        resolved[name] = None if includes else ids[name]
-    return resolved
-
-
-def ids_after(tokenizer: Any, before: str, candidate: str, prompt: Prompt) -> list[int]:
-    """Token ids that follow `before` when the candidate is written there."""
-    start, both = token_ids(tokenizer, before), token_ids(tokenizer, before + candidate)
-    ids = both[len(start) :]
-    if both[: len(start)] != start or not ids:
-        raise UserError(
-            f"prompt {prompt.name}: candidate {candidate!r} merges with the text before it, {before[-20:]!r}; move the"
-            " space between them from there to the candidate"
-        )
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        raise UserError(f"prompt {prompt.name}: this teacher's vocabulary cannot spell candidate {candidate!r}")
-    return ids
