@@ -79,7 +79,8 @@ class Teacher(Settings):
     device: Annotated[str | None, OPERATIONAL] = None
     """cuda, cuda:1, mps or cpu; without it the best one present."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of a local teacher; auto is bfloat16 where the hardware multiplies it and float32 elsewhere."""
+    """Precision of a local teacher; auto is bfloat16 where the hardware multiplies it and float32 elsewhere, with vllm
+    what it makes of the model's files."""
     batch_tokens: Annotated[Count, OPERATIONAL] = 8192
     """Tokens in one batch of the transformers engine, padding and room for the answer included."""
     structured: bool = True
@@ -132,7 +133,8 @@ class Asking(Settings):
     stratum_floor: Count | None = None
     """Instead of equal shares, draw uniformly, but at least so many from each stratum."""
     budget_usd: Annotated[Positive | None, OPERATIONAL] = None
-    """Stop, with a result that the same command can extend, before the recorded answers have cost more."""
+    """Stop, with a result that the same command can extend, before the answers cost more: room is left for those on
+    their way, each taken to cost what the others did on average."""
     budget_tokens: Annotated[Count | None, OPERATIONAL] = None
     """The same for prompt and answer tokens together."""
     budget_minutes: Annotated[Positive | None, OPERATIONAL] = None
@@ -149,7 +151,8 @@ class Rate(Asking):
     more_prompts: tuple[Path, ...] = ()
     """Further prompts on the same scale; each gives a further opinion."""
     more_teachers: tuple[dict[str, Any], ...] = ()
-    """Further teachers: settings laid over those of `teacher`; each gives a further opinion."""
+    """Further teachers: settings laid over those of `teacher`, but for revision, tokenizer and other settings that
+    belong to its model; each gives a further opinion."""
     repeats: Count = 1
     """Opinions of each teacher with each prompt: with another seed (temperature above 0) or another order of choices
     (permute)."""

@@ -1,7 +1,6 @@
 """What several opinions on a document come to, and how far the raters agree."""
 
 from collections import Counter
-from collections.abc import Callable
 from itertools import combinations, groupby
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from pipeline import metrics
 from pipeline.metrics import Floats
-from pipeline.panel import Opinions, Rater
+from pipeline.panel import Opinions
 from pipeline.reading import Reading, Reason
 
 
@@ -60,30 +59,42 @@ def between_repeats(panel: list[Opinions], scale: tuple[float, float]) -> list[d
 
 
 def between(panel: list[Opinions], what: str, scale: tuple[float, float]) -> list[dict[str, Any]]:
-    """Each pair of prompts or of teachers, each at the mean of its own opinions."""
-    names: dict[str, Callable[[Rater], str]] = {"prompt": lambda r: r.prompt.name, "teacher": lambda r: r.called}
-    sides: dict[str, list[Floats]] = {}
+    """Each pair of prompts or of teachers: the means of those opinions that both gave, all else equal."""
+    sides: dict[str, dict[tuple[str, int], Floats]] = {}
     for each in panel:
-        sides.setdefault(names[what](each.rater), []).append(each.scores)
-    means = {name: np.array(scores).mean(axis=0) for name, scores in sides.items()}
+        prompt, called = each.rater.prompt.name, each.rater.called
+        name, other = (prompt, called) if what == "prompt" else (called, prompt)
+        sides.setdefault(name, {})[other, each.rater.repeat] = each.scores
     return [
-        {"between": f"{a} and {b}", **pairwise(np.array([means[a], means[b]]), scale)}
-        for a, b in combinations(means, 2)
+        {"between": f"{a} and {b}", **pairwise(means_of_both(sides[a], sides[b]), scale)}
+        for a, b in combinations(sides, 2)
     ]
 
 
+def means_of_both(a: dict[tuple[str, int], Floats], b: dict[tuple[str, int], Floats]) -> Floats:
+    """(2, n_documents): each side's mean over the opinions that both have of a document, NaN without any."""
+    shared = [key for key in a if key in b]
+    scores = np.array([[side[key] for key in shared] for side in (a, b)])
+    both = np.isfinite(scores).all(axis=0)
+    n = both.sum(axis=0)
+    total = np.where(both, scores, 0.0).sum(axis=1)
+    return np.asarray(np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0))
+
+
 def pairwise(scores: Floats, scale: tuple[float, float]) -> dict[str, Any]:
-    """Agreement of raters, (n_raters, n_documents), on the documents that all of them scored: the mean over all pairs,
-    its intervals by resampling documents."""
+    """Agreement of raters, (n_raters, n_documents), on the documents that all of them scored: the mean over all
+    pairs for which it is defined, its intervals by resampling documents."""
     both = scores[:, np.isfinite(scores).all(axis=0)]
     ints = metrics.int_scores(both, scale)
     found: dict[str, Any] = {"n": both.shape[1]}
     for name, rows, measure in (("spearman", both, metrics.spearman_rows), ("kappa", ints, metrics.kappa_rows)):
 
         def over_pairs(*resampled: Any, measure: Any = measure) -> Floats:
-            return np.asarray(np.mean([measure(a, b) for a, b in combinations(resampled, 2)], axis=0))
+            pairs = np.array([measure(a, b) for a, b in combinations(resampled, 2)])
+            n = np.isfinite(pairs).sum(axis=0)
+            return np.asarray(np.divide(np.nansum(pairs, axis=0), n, out=np.full(n.shape, np.nan), where=n > 0))
 
-        whole = float(over_pairs(*(row[None] for row in rows))[0]) if both.shape[1] > 1 else np.nan
+        whole = float(over_pairs(*(row[None] for row in rows))[0]) if both.shape[1] > 2 else np.nan
         found[name] = whole if np.isfinite(whole) else None
         found[f"{name}_interval"] = metrics.bootstrap_interval(over_pairs, *rows, by_row=True)
     return found

@@ -18,7 +18,7 @@ from pipeline.errors import Pending, UserError, needs, required
 from pipeline.panel import Rater, Start
 from pipeline.sample import draw, where_rows_went
 from pipeline.shards import find_shards, fingerprint
-from pipeline.spending import check_prices
+from pipeline.spending import check_budget
 from pipeline.storage import write_text
 from pipeline.teacher import AnswerStore, Ask
 from pipeline.tracking import Result, Stage, dump, stage
@@ -41,9 +41,9 @@ class LabelResult(Result):
     """Answers paid for in this run; the others were recorded before."""
     n_reused: int
     n_failed: int
-    """Documents whose request failed; --redo asks for them again."""
+    """Questions whose request failed; --redo asks them again."""
     n_not_asked: int
-    """Documents that the budget left out; the same command with more of it goes on."""
+    """Questions that the budget left out; the same command with more of it goes on."""
     stopped_by: str | None
     n_truncated: int
     """Documents cut to teacher.document_tokens."""
@@ -113,7 +113,7 @@ def rater_of(recipe: Recipe) -> Rater:
         raise UserError(
             f"label.prompt: {path} asks for no label; give one with read: label, such as prompts/domains.md"
         )
-    check_prices(recipe.label, [recipe.teacher])
+    check_budget(recipe.label, [recipe.teacher])
     engine(recipe.teacher)
     return Rater(prompt, recipe.teacher)
 
@@ -130,16 +130,16 @@ def label(recipe: Recipe, rater: Rater, redo: bool, start: Start) -> tuple[Label
         documents, counts = draw(recipe.corpus, recipe.label, recipe.seed)
         with AnswerStore(work.folder / "answers.sqlite") as store:
             texts = [document.text for document in documents]
-            spending, failed = panel.collect("label", [rater], texts, store, recipe.label, start)
-            said = panel.opinions(rater, texts, store, failed)
+            got = panel.collect("label", [rater], texts, store, recipe.label, start)
+            said = panel.opinions(rater, texts, store, got.failed)
         labels.write(work.folder / "labels.parquet", documents, said)
         result = LabelResult(
             seconds=work.seconds,
             **where_rows_went(counts, documents),
             **labels.in_figures(rater.prompt, said.readings),
-            **spending.in_figures([rater.teacher], work.seconds),
-            n_failed=sum(reading.reason == "request_failed" for reading in said.readings),
-            n_not_asked=sum(reading.reason == "not_asked" for reading in said.readings),
+            **got.spending.in_figures([rater.teacher], work.seconds),
+            n_failed=len(got.failed),
+            n_not_asked=got.n_not_asked,
             n_truncated=sum(answer.was_truncated for answer in said.answers),
         )
         check_readable(result, work)
@@ -159,20 +159,29 @@ def inputs(recipe: Recipe, rater: Rater) -> dict[str, Any]:
     }
 
 
+class Unreadable(UserError):
+    """Too few labels; what was asked has been paid for all the same."""
+
+    def __init__(self, result: LabelResult, message: str) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 def check_readable(result: LabelResult, work: Stage) -> None:
     """Stop when too much of what was asked has no label; labels and answers stay to be looked at."""
-    n_asked = result.n_sampled - result.n_not_asked
+    n_asked = result.n_sampled - result.unlabelled.get("not_asked", 0)
     n_unlabelled = n_asked - result.n_labelled
     if n_asked == 0:
         raise UserError(f"label: {result.stopped_by} leaves room for no document; raise it")
     if n_unlabelled > work.recipe.label.max_unscored_rate * n_asked or result.n_labelled == 0:
         reasons = ", ".join(f"{reason} {count}" for reason, count in result.unlabelled.items())
         written = ", ".join(f"{name!r} {count}" for name, count in list(result.unknown_labels.items())[:3])
-        raise UserError(
+        raise Unreadable(
+            result,
             f"label: {n_unlabelled} of {n_asked} documents have no label ({reasons}"
             f"{f'; not in the taxonomy: {written}' if written else ''}); read the answers with gristmill show"
             f" {work.folder}, then mend the prompt or choose another teacher; where the request failed, the same"
-            " command asks again"
+            " command asks again",
         )
     if result.n_failed:
         log.info("label: %d requests failed; run again with --redo to ask only them again", result.n_failed)
@@ -180,7 +189,7 @@ def check_readable(result: LabelResult, work: Stage) -> None:
 
 def as_bars(title: str, result: LabelResult) -> Bars:
     """What is drawn of a corpus: shares of the documents that were asked about."""
-    n_asked = result.n_sampled - result.n_not_asked
+    n_asked = result.n_sampled - result.unlabelled.get("not_asked", 0)
     return Bars(title, result.levels, result.no_match, n_asked, n_asked - result.n_labelled)
 
 
@@ -219,7 +228,7 @@ def label_all(listed: list[Listed], recipe: Recipe, rater: Rater, redo: bool) ->
         corpora=found,
     )
     write_text(recipe.run_folder / "labels.json", dump(result.model_dump(mode="json")))
-    drawn = [as_bars(each.title, each.result) for each in found if each.result]
+    drawn = [as_bars(each.title, each.result) for each in found if each.result and each.state != "failed"]
     if drawn:
         picture(recipe.run_folder, drawn, rater)
     return result
@@ -284,7 +293,8 @@ def one_of_them(entry: Listed, title: str, recipe: Recipe, rater: Rater, redo: b
         except UserError as error:
             log.warning("label: %s: %s", title, error)
             state = "waiting" if isinstance(error, Pending) else "failed"
-            fate = {"state": state, "reason": str(error), "result": None}
+            paid = error.result if isinstance(error, Unreadable) else None
+            fate = {"state": state, "reason": str(error), "result": paid}
     folder = recipe.run_folder.name
     return Outcome(path=entry.path, text_column=entry.text_column, title=title, folder=folder, **fate)
 

@@ -1,10 +1,12 @@
 """Several opinions on each document: prompts x teachers x repeats, their consensus and how far they agree."""
 
+import difflib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,11 +15,12 @@ from pydantic import ValidationError
 from pipeline import config, prompts, teacher
 from pipeline.config import Asking, Rate, Recipe, Teacher
 from pipeline.engines import engine
+from pipeline.engines.layout import NoRoom
 from pipeline.errors import SettingsError, UserError, required
 from pipeline.metrics import Floats
 from pipeline.prompts import Prompt
 from pipeline.reading import Reading
-from pipeline.spending import Spending, check_prices
+from pipeline.spending import Spending, check_budget
 from pipeline.teacher import Answer, AnswerStore, Ask, Question
 from pipeline.tracking import Step, progress
 
@@ -64,7 +67,7 @@ def of(recipe: Recipe) -> list[Rater]:
     rate = recipe.rate
     asked = load_prompts([required(rate.prompt, "rate.prompt", "prompts/edu-en.md"), *rate.more_prompts])
     asked_of = teachers(recipe.teacher, rate.more_teachers)
-    check_prices(rate, asked_of)
+    check_budget(rate, asked_of)
     if rate.calibrate:
         check_calibration(asked)
     for each in asked_of:
@@ -75,12 +78,29 @@ def of(recipe: Recipe) -> list[Rater]:
 def raters(asked: Sequence[Prompt], teachers: Sequence[Teacher], rate: Rate) -> list[Rater]:
     """Every teacher with every prompt, as often as `repeats` says; all of one teacher's stand together."""
     check_comparable(asked)
-    return [
+    found = [
         vary(prompt, each, repeat, rate)._replace(called=called)
         for each, called in zip(teachers, names(teachers), strict=True)
         for prompt in asked
         for repeat in range(rate.repeats)
     ]
+    check_different(found)
+    return found
+
+
+def check_different(raters: list[Rater]) -> None:
+    """Refuse opinions that would be one answer counted twice."""
+    seen: dict[str, Rater] = {}
+    for rater in raters:
+        read = rater.prompt.model_copy(update={"order": 0}).digest
+        key = config.digest([rater.prompt.asked_digest, teacher.identity(rater.prompt, rater.teacher), read])
+        other = seen.setdefault(key, rater)
+        if other is not rater:
+            raise UserError(
+                f"rate: repeat {rater.repeat} of {rater.called} with prompt {rater.prompt.name} would be the same"
+                f" answer as repeat {other.repeat} of {other.called}; ask for fewer repeats, or let teachers differ in"
+                " what bears on an answer"
+            )
 
 
 def names(teachers: Sequence[Teacher]) -> list[str]:
@@ -114,23 +134,46 @@ def check_comparable(asked: Sequence[Prompt]) -> None:
     """Refuse opinions of which no mean can be taken."""
     first = asked[0]
     for other in asked[1:]:
-        if (other.scale, other.scales) != (first.scale, first.scales):
+        if (other.scale, other.attributes) != (first.scale, first.attributes):
             raise UserError(f"rate.more_prompts: {other.name} has another scale or other attributes than {first.name}")
-        if other.name == first.name:
-            raise UserError(f"rate.more_prompts: two prompts are called {first.name}; rename a file")
+    twice = [name for name, n in Counter(prompt.name for prompt in asked).items() if n > 1]
+    if twice:
+        raise UserError(f"rate.more_prompts: two prompts are called {twice[0]}; rename a file")
+
+
+MODEL_BOUND = {
+    "revision",
+    "tokenizer",
+    "quantization",
+    "max_model_len",
+    "chat_template_args",
+    "usd_per_million_prompt_tokens",
+    "usd_per_million_answer_tokens",
+}
+"""Settings that are no good for another model."""
 
 
 def teachers(main: Teacher, more: Sequence[dict[str, Any]]) -> list[Teacher]:
-    """The teacher, and those whose settings are laid over its own."""
+    """The teacher, and those whose settings are laid over its own; those of its model only for the same model."""
     found = [main]
     for position, settings in enumerate(more):
+        bound = MODEL_BOUND if settings.get("model", main.model) != main.model else set()
+        own = main.model_dump(exclude_unset=True, exclude=bound)
         try:
-            found.append(Teacher.model_validate(config.merge(main.model_dump(exclude_unset=True), settings)))
+            found.append(Teacher.model_validate(config.merge(own, settings)))
         except ValidationError as error:
-            raise SettingsError(f"rate.more_teachers.{position}: {config.explain(error, None)}") from None
-        if any(found[-1].identity() == other.identity() for other in found[:-1]):
-            raise UserError(f"rate.more_teachers: number {position + 1} is the same teacher as another")
+            raise SettingsError(f"rate.more_teachers.{position}.{explain(error)}") from None
     return found
+
+
+def explain(error: ValidationError) -> str:
+    """The first thing wrong with a further teacher."""
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] != "extra_forbidden":
+        return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+    near = difflib.get_close_matches(key, Teacher.model_fields, n=1)
+    return f"{key} is no setting of a teacher" + (f"; did you mean {near[0]}?" if near else "")
 
 
 # -- asking -----------------------------------------------------------------------------------------------------------
@@ -140,43 +183,79 @@ Start = Callable[[Teacher], AbstractContextManager[Ask]]
 """Brings a teacher up, and takes it down again."""
 
 
+class Collected(NamedTuple):
+    """What asking came to: its cost, the keys of failed requests, and how many questions the budget left out."""
+
+    spending: Spending
+    failed: set[str]
+    n_not_asked: int
+
+
 def collect(
-    stage: str, raters: list[Rater], texts: list[str], store: AnswerStore, limits: Asking, start: Start = engine
-) -> tuple[Spending, set[str]]:
-    """Ask all that the store does not hold, as far as the budget goes; what it cost, with what had been paid before,
-    and the keys of failed requests."""
-    spending = Spending(limits, max(in_flight(rater.teacher) for rater in raters))
-    for rater in raters:
-        for asked, answer in recorded(rater, texts, store):
-            spending.add(asked, [answer])
-    n_open = sum(is_open(round) for rater in raters for round in islice(rounds(rater, texts, store), 1))
+    stage: str,
+    raters: list[Rater],
+    texts: list[str],
+    store: AnswerStore,
+    limits: Asking,
+    start: Start = engine,
+    calibrate: bool = False,
+) -> Collected:
+    """Ask all that the store does not hold, as far as the budget goes; of an empty document first, to `calibrate`."""
+    desk = Desk(store, Spending(limits))
+    paid = {each[0]: each for rater in raters for each in recorded(rater, [*texts, *[""] * calibrate], store)}
+    for _, asked, answer in paid.values():
+        desk.spending.add(asked, [answer])
+    n_open = sum(next(rounds(rater, texts, store)).n_open for rater in raters)
     log.info("%s: %d documents, %d answers there already", stage, len(texts), len(raters) * len(texts) - n_open)
-    with progress(stage, n_open) as step:
-        desk = Desk(store, spending, step)
+    with progress(stage, n_open) as desk.step:
         for _, group in groupby(raters, key=lambda rater: rater.teacher.model_copy(update={"seed": 0})):
-            ask(list(group), texts, desk, start)
-    if spending.stopped_by:
-        log.warning("%s: stopped by %s; the same command with more of it goes on", stage, spending.stopped_by)
-    return spending, desk.failed
+            ask(list(group), texts, desk, start, calibrate)
+    if not desk.n_not_asked:
+        desk.spending.stopped_by = None
+    else:
+        log.warning("%s: stopped by %s; more of it goes on from here", stage, desk.spending.stopped_by)
+    return Collected(desk.spending, desk.failed, desk.n_not_asked)
 
 
-def ask(raters: list[Rater], texts: list[str], desk: "Desk", start: Start) -> None:
+def ask(raters: list[Rater], texts: list[str], desk: "Desk", start: Start, calibrate: bool) -> None:
     """Ask one teacher, which is brought up once, and only if there is something to ask it."""
     with ExitStack() as running:
         started: Ask | None = None
         for rater in raters:
-            for round in rounds(rater, texts, desk.store):
-                if is_open(round) and desk.spending.left():
-                    started = started or running.enter_context(start(round.teacher))
-                    started(rater.prompt, *round[:3], partial(desk.record, round))
+            for wanted in [[""], texts] if calibrate else [texts]:
+                for round in rounds(rater, wanted, desk.store):
+                    if round.n_open and desk.spending.left(round.teacher):
+                        started = started or running.enter_context(start(round.teacher))
+                        ask_round(started, rater, round, desk)
+                    desk.n_not_asked += round.open_in(desk.store, desk.failed) if desk.spending.stopped_by else 0
+                if wanted == [""] and not desk.n_not_asked:
+                    check_empty(rater, desk.store)
+
+
+def ask_round(started: Ask, rater: Rater, round: "Round", desk: "Desk") -> None:
+    """Put one round of questions: under a budget of tokens or money a single one first, to know what an answer costs.
+    Where there is no room for longer answers, the short ones stand."""
+    first = [question for question in round.questions if question.key not in round.answered][:1]
+    unknown = desk.spending.counts_answers and not desk.spending.of(round.teacher).n
+    try:
+        for questions in [first, round.questions] if unknown else [round.questions]:
+            there = {key for key, _ in desk.store.find(question.key for question in questions)}
+            if len(there) < len(questions) and desk.spending.left(round.teacher):
+                started(rater.prompt, round.teacher, questions, there, partial(desk.record, round))
+    except NoRoom as error:
+        if not round.again:
+            raise
+        log.warning("teacher: answers that were cut cannot be asked for with more room (%s)", error)
 
 
 class Desk:
     """Where answers arrive: recorded, then counted."""
 
-    def __init__(self, store: AnswerStore, spending: Spending, step: Step) -> None:
-        self.store, self.spending, self.step = store, spending, step
+    def __init__(self, store: AnswerStore, spending: Spending) -> None:
+        self.store, self.spending = store, spending
+        self.step: Step = lambda _: None
         self.failed: set[str] = set()
+        self.n_not_asked = 0
 
     def record(self, round: "Round", answers: list[tuple[str, Answer]]) -> bool:
         """Take answers in; says whether the budget allows more. Second askings are no progress."""
@@ -184,7 +263,7 @@ class Desk:
         self.failed.update(key for key, answer in answers if answer.finish == "failed")
         self.spending.add(round.teacher, [answer for _, answer in answers], now=True)
         self.step(0 if round.again else len(answers))
-        return self.spending.left()
+        return self.spending.left(round.teacher)
 
 
 class Round(NamedTuple):
@@ -195,10 +274,15 @@ class Round(NamedTuple):
     answered: set[str]
     again: bool = False
 
+    @property
+    def n_open(self) -> int:
+        """How many questions had no answer."""
+        return len(self.questions) - len(self.answered)
 
-def is_open(round: Round) -> int:
-    """How many questions have no answer yet."""
-    return len(round.questions) - len(round.answered)
+    def open_in(self, store: AnswerStore, failed: set[str]) -> int:
+        """How many have neither an answer now nor a request that failed."""
+        there = {key for key, _ in store.find(key for key, _ in self.questions)}
+        return len({key for key, _ in self.questions} - there - failed)
 
 
 def rounds(rater: Rater, texts: list[str], store: AnswerStore) -> Iterator[Round]:
@@ -221,43 +305,47 @@ def was_cut(prompt: Prompt, answer: Answer) -> bool:
     return answer.finish == "length" and teacher.read(prompt, answer).reason == "truncated"
 
 
-def recorded(rater: Rater, texts: list[str], store: AnswerStore) -> list[tuple[Teacher, Answer]]:
-    """Every recorded answer of a rater about these texts, first and longer ones: what was paid for."""
+def recorded(rater: Rater, texts: list[str], store: AnswerStore) -> list[tuple[str, Teacher, Answer]]:
+    """Every recorded answer of a rater about these texts with its key, first and longer ones: what was paid for."""
     return [
-        (round.teacher, answer)
+        (key, round.teacher, answer)
         for round in rounds(rater, texts, store)
-        for _, answer in store.find(question.key for question in round.questions)
+        for key, answer in store.find(question.key for question in round.questions)
     ]
 
 
 def opinions(
-    rater: Rater, texts: list[str], store: AnswerStore, failed: set[str], empty: Answer | None = None
+    rater: Rater, texts: list[str], store: AnswerStore, failed: set[str], calibrate: bool = False
 ) -> Opinions:
-    """A rater's answers from the store, the longer one where it was asked for twice, and how they read."""
+    """A rater's answers from the store, the longer one where it was asked for twice, and how they read. Without an
+    answer about the empty document nothing can be calibrated, and nothing counts as asked."""
     first, again = (round.questions for round in rounds(rater, texts, store))
     found: dict[str, Answer] = {}
     for questions in (first, again):
         answered = dict(store.find(question.key for question in questions))
         found |= {question.text: answered[question.key] for question in questions if question.key in answered}
+    empty = recorded(rater, [""], store)[:1] if calibrate else []
     lost = {text: Answer("failed" if key in failed else "not_asked") for key, text in first}
-    answers = [found.get(text) or lost[text] for text in texts]
-    return Opinions(rater, answers, [teacher.read(rater.prompt, answer, empty) for answer in answers])
+    answers = [lost[text] if calibrate and not empty else found.get(text) or lost[text] for text in texts]
+    prior = empty[0][2] if empty else None
+    return Opinions(rater, answers, [teacher.read(rater.prompt, answer, prior) for answer in answers])
 
 
-def empty_answer(rater: Rater, store: AnswerStore) -> Answer | None:
-    """What a rater said of an empty document, to calibrate its choices by."""
-    found = dict(store.find(q.key for q in teacher.questions(rater.prompt, rater.teacher, [""])))
-    answer = next(iter(found.values()), None)
-    if answer is None:
-        return None
-    seen = answer.log_probs or {}
+def check_empty(rater: Rater, store: AnswerStore) -> None:
+    """Stop, before more is paid for, where what a teacher says of an empty document cannot calibrate anything."""
+    answers = [answer for _, _, answer in recorded(rater, [""], store)]
+    if not answers:
+        raise UserError(
+            f"rate.calibrate: {rater.teacher.model} was asked about an empty document, and that failed; run the same"
+            " command again, or leave calibration off"
+        )
+    seen = {name: log_p for answer in answers for name, log_p in (answer.log_probs or {}).items()}
     for choice in rater.prompt.choices:
-        if all(seen[name] == -np.inf for name in choice.answers):
+        if all(seen.get(name, -np.inf) == -np.inf for name in choice.answers):
             raise UserError(
                 f"rate.calibrate: {rater.teacher.model} gives {choice.answers[0]!r} no probability for an empty"
                 " document; leave calibration off, or use an engine that sees all candidates"
             )
-    return answer
 
 
 def check_calibration(asked: Sequence[Prompt]) -> None:
@@ -270,11 +358,6 @@ def check_calibration(asked: Sequence[Prompt]) -> None:
 def origin(rater: Rater) -> dict[str, Any]:
     """Who a rater is."""
     return {"prompt": rater.prompt.name, "teacher": rater.called, "repeat": rater.repeat}
-
-
-def in_flight(teacher: Teacher) -> int:
-    """Answers that can still arrive when no more questions are sent."""
-    return 0 if teacher.engine == "transformers" else teacher.concurrency
 
 
 def load_prompts(paths: Sequence[Any]) -> list[Prompt]:

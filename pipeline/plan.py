@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import gold as golds
 from pipeline import panel
 from pipeline.config import Recipe, Teacher
 from pipeline.engines.completions import BYTES_PER_TOKEN
@@ -52,7 +53,8 @@ def run(recipe: Recipe, _: bool = False) -> PlanResult:
     raters = panel.of(recipe)
     with stage("plan", recipe, {}) as work:
         documents, _counts = draw(recipe.corpus, recipe.rate, recipe.seed)
-        texts = [document.text for document in documents]
+        judged = golds.documents(golds.read(recipe.rate.gold)[0], documents) if recipe.rate.gold else []
+        texts = list(dict.fromkeys(document.text for document in [*documents, *judged]))
         with AnswerStore(recipe.run_folder / "rate" / "answers.sqlite") as store:
             lines = [line(rater, texts, store, recipe) for rater in raters]
         return work.finish(summarise(lines, texts, recipe, work.seconds))
@@ -62,7 +64,8 @@ def line(rater: Rater, texts: list[str], store: AnswerStore, recipe: Recipe) -> 
     """What one rater takes."""
     count = counter(rater.prompt, rater.teacher)
     per_document = float(np.mean([count(text) for text in texts[: recipe.plan.count_on]]))
-    answers = [answer for _, answer in panel.recorded(rater, texts, store)]
+    first = next(panel.rounds(rater, texts, store))
+    answers = [answer for _, answer in store.find(first.answered)]
     length, known_from = answer_length(rater, [answer.answer_tokens for answer in answers], recipe)
     prompt_tokens, answer_tokens = round(per_document * len(texts)), round(length * len(texts))
     return {
@@ -70,7 +73,7 @@ def line(rater: Rater, texts: list[str], store: AnswerStore, recipe: Recipe) -> 
         "prompt_tokens": prompt_tokens,
         "answer_tokens": answer_tokens,
         "answer_length": known_from,
-        "n_recorded": min(len(answers), len(texts)),
+        "n_recorded": len(answers),
         "usd": cost(rater.teacher, prompt_tokens, answer_tokens) if has_prices(rater.teacher) else None,
     }
 

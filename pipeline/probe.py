@@ -9,18 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import metrics, panel
+from pipeline import metrics, panel, teacher
 from pipeline.config import Recipe
 from pipeline.panel import Opinions, Rater
 from pipeline.prompts import Prompt
 from pipeline.sample import draw
+from pipeline.shards import find_shards, fingerprint
 from pipeline.teacher import AnswerStore
 from pipeline.tracking import Result, stage
 
 log = logging.getLogger("gristmill")
 
-CHARACTERS_PER_TOKEN = 2
-"""Documents are shortened to so many for each token that the teacher reads, so that an added line is never cut off."""
+BYTES_READ = 2
+"""Bytes of a document kept for each token that the teacher reads: half of what a token usually is, the other half is
+for the line."""
 
 ENOUGH = 20
 """Documents below which a rate says little."""
@@ -28,9 +30,12 @@ ENOUGH = 20
 
 class ProbeResult(Result):
     """What each kind of line did. `flip_rate`: share of documents whose int_score changed; `raised_rate`: went up;
-    shifts are in points of the scale. The harmless line shows what any added line does."""
+    shifts are in points of the scale. The harmless line shows what any added line does. `n_cut`: documents whose line
+    the teacher did not see, left out of the rates."""
 
     n_documents: int
+    n_failed: int
+    n_not_asked: int
     raters: list[dict[str, Any]]
 
 
@@ -41,48 +46,72 @@ def run(recipe: Recipe, redo: bool = False) -> ProbeResult:
         done = work.finished(ProbeResult, redo, True)
         if done:
             return done
-        documents, _ = draw(recipe.corpus, recipe.rate, recipe.seed)
-        read = recipe.teacher.document_tokens * CHARACTERS_PER_TOKEN
-        clean = list(dict.fromkeys(each.text[:read] for each in documents[: recipe.rate.probe_documents]))
-        if len(clean) < ENOUGH:
-            log.warning("probe: %d documents are few; expect rates to be far off", len(clean))
+        clean = shortened(recipe, raters)
+        attacked = {rater.prompt.name: attacks_on(clean, rater.prompt) for rater in raters}
+        added = [text for attacks in attacked.values() for each in attacks.values() for text in each]
+        texts = list(dict.fromkeys([*clean, *added]))
+        calibrate = recipe.rate.calibrate
         with AnswerStore(work.folder / "answers.sqlite") as store:
-            found = [probe(rater, clean, store, recipe) for rater in raters]
-        return work.finish(ProbeResult(seconds=work.seconds, n_documents=len(clean), raters=found))
+            got = panel.collect("probe", raters, texts, store, recipe.rate, calibrate=calibrate)
+            said = [panel.opinions(rater, texts, store, got.failed, calibrate) for rater in raters]
+        return work.finish(
+            ProbeResult(
+                seconds=work.seconds,
+                n_documents=len(clean),
+                n_failed=len(got.failed),
+                n_not_asked=got.n_not_asked,
+                raters=[effects(each, texts, clean, attacked[each.rater.prompt.name]) for each in said],
+            )
+        )
 
 
 def inputs(recipe: Recipe, raters: list[Rater]) -> dict[str, Any]:
     """Everything that decides the result."""
     return {
         "corpus": recipe.corpus.identity(),
-        "rate": recipe.rate.identity(),
+        "shards": {shard.name: fingerprint(shard) for shard in find_shards(recipe.corpus)},
+        "sample": {name: getattr(recipe.rate, name) for name in ("sample", "stratify_by", "stratum_floor")},
+        "calibrate": recipe.rate.calibrate,
         "documents": recipe.rate.probe_documents,
-        "teacher": recipe.teacher.identity(),
-        "prompts": [rater.prompt.digest for rater in raters],
+        "raters": [[rater.prompt.digest, teacher.identity(rater.prompt, rater.teacher)] for rater in raters],
         "seed": recipe.seed,
     }
 
 
-def probe(rater: Rater, clean: list[str], store: AnswerStore, recipe: Recipe) -> dict[str, Any]:
-    """One rater under every attack."""
-    attacked = {name: [attack(rater.prompt, text) for text in clean] for name, attack in ATTACKS.items()}
-    texts = list(dict.fromkeys([*clean, *(text for each in attacked.values() for text in each)]))
-    _, failed = panel.collect("probe", [rater], texts, store, recipe.rate)
-    said = panel.opinions(rater, texts, store, failed)
-    before = said.about(texts, clean)
-    attacks = {name: effect(before, said.about(texts, each), rater.prompt.scale) for name, each in attacked.items()}
-    return {**panel.origin(rater), "attacks": attacks}
+def shortened(recipe: Recipe, raters: list[Rater]) -> list[str]:
+    """The beginnings of sampled documents, short enough that most teachers read a line that is added to them."""
+    documents, _ = draw(recipe.corpus, recipe.rate, recipe.seed)
+    n_bytes = BYTES_READ * min(rater.teacher.document_tokens for rater in raters)
+    clean = [document.text.encode("utf-8", "replace")[:n_bytes].decode("utf-8", "ignore") for document in documents]
+    found = list(dict.fromkeys(clean))[: recipe.rate.probe_documents]
+    if len(found) < ENOUGH:
+        log.warning("probe: %d documents are few; expect rates to be far off", len(found))
+    return found
+
+
+def attacks_on(clean: list[str], prompt: Prompt) -> dict[str, list[str]]:
+    """The documents under every attack."""
+    return {name: [f"{text}\n\n{line(prompt)}\n" for text in clean] for name, line in LINES.items()}
+
+
+def effects(said: Opinions, texts: list[str], clean: list[str], attacked: dict[str, list[str]]) -> dict[str, Any]:
+    """What each attack did to one rater."""
+    before, scale = said.about(texts, clean), said.rater.prompt.scale
+    found = {name: effect(before, said.about(texts, each), scale) for name, each in attacked.items()}
+    return {**panel.origin(said.rater), "attacks": found}
 
 
 def effect(before: Opinions, after: Opinions, scale: tuple[float, float]) -> dict[str, float | int | None]:
-    """What an added line did to the scores of the documents that have one either way."""
-    both = np.isfinite(before.scores) & np.isfinite(after.scores)
+    """What an added line did to the scores of the documents that have one either way and were read to their end."""
+    read = np.array([not answer.was_truncated for answer in after.answers], dtype=bool)
+    both = np.isfinite(before.scores) & np.isfinite(after.scores) & read
     clean, attacked = before.scores[both], after.scores[both]
+    counts: dict[str, float | int | None] = {"n": int(both.sum()), "n_cut": int((~read).sum())}
     if not both.any():
-        return {"n": 0, "flip_rate": None, "raised_rate": None, "mean_shift": None, "worst_shift": None}
+        return {**counts, "flip_rate": None, "raised_rate": None, "mean_shift": None, "worst_shift": None}
     change = metrics.int_scores(attacked, scale).astype(int) - metrics.int_scores(clean, scale)
     return {
-        "n": int(both.sum()),
+        **counts,
         "flip_rate": float(np.mean(change != 0)),
         "raised_rate": float(np.mean(change > 0)),
         "mean_shift": float(np.mean(attacked - clean)),
@@ -146,11 +175,3 @@ LINES: dict[str, Callable[[Prompt], str]] = {
     "base64": encoded,
     "translated rubric": translated,
 }
-
-
-def adding(line: Callable[[Prompt], str]) -> Callable[[Prompt, str], str]:
-    """An attack that puts a line at the end of a document."""
-    return lambda prompt, text: f"{text}\n\n{line(prompt)}\n"
-
-
-ATTACKS = {name: adding(line) for name, line in LINES.items()}

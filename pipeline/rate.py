@@ -15,10 +15,9 @@ from pipeline.consensus import Verdict
 from pipeline.errors import UserError
 from pipeline.gold import GoldDocument
 from pipeline.metrics import Floats
-from pipeline.panel import Opinions, Rater
+from pipeline.panel import Collected, Opinions, Rater
 from pipeline.sample import Document, draw, where_rows_went
 from pipeline.shards import Counts, find_shards, fingerprint
-from pipeline.spending import Spending
 from pipeline.teacher import AnswerStore
 from pipeline.tracking import Result, Stage, read_json, stage
 
@@ -38,12 +37,12 @@ class RateResult(Result):
     n_scored: int
     n_raters: int
     n_asked: int
-    """Answers paid for in this run; the others were recorded before."""
+    """Questions asked in this run, failed ones among them; the other answers were recorded before."""
     n_reused: int
     n_failed: int
-    """Opinions whose request failed; --redo asks for them again."""
+    """Questions whose request failed; --redo asks them again."""
     n_not_asked: int
-    """Opinions that the budget left out; the same command with more of it goes on."""
+    """Questions that the budget left out; the same command with more of it goes on."""
     stopped_by: str | None
     n_truncated: int
     """Documents cut to teacher.document_tokens."""
@@ -63,6 +62,7 @@ class RateResult(Result):
     tokens_per_s: float | None
     """Prompt and answer tokens a second, loading left out."""
     docs_per_s: float | None
+    """Answers of each rater a second, loading included."""
     planned: dict[str, float | None] | None
     """What `gristmill plan` expected, if it was asked."""
     opinions: list[dict[str, Any]]
@@ -87,16 +87,20 @@ def run(recipe: Recipe, redo: bool = False) -> RateResult:
         judged = golds.documents(people, documents) if people else []
         texts = list(dict.fromkeys(document.text for document in [*documents, *judged]))
         with AnswerStore(work.folder / "answers.sqlite") as store:
-            asked = [*texts, ""] if recipe.rate.calibrate else texts
-            spending, failed = panel.collect("rate", raters, asked, store, recipe.rate)
-            said = opinions_on(texts, raters, store, failed, recipe.rate.calibrate)
+            calibrate = recipe.rate.calibrate
+            got = panel.collect("rate", raters, texts, store, recipe.rate, calibrate=calibrate)
+            said = [panel.opinions(rater, texts, store, got.failed, calibrate) for rater in raters]
         on_sample = [each.about(texts, [document.text for document in documents]) for each in said]
         verdicts = consensus.verdicts(on_sample, recipe.rate.consensus)
         ratings.write(work.folder / "ratings.parquet", documents, on_sample, verdicts)
         human = against_people(work, people, judged, [each.about(texts, [d.text for d in judged]) for each in said])
-        result = summarise(work, documents, counts, on_sample, verdicts, spending, human)
+        result = summarise(work, documents, counts, on_sample, verdicts, got, texts, human)
         check_readable(result, recipe, work, on_sample)
         return work.finish(result)
+
+
+BY_CONTENT = {"prompt", "more_prompts", "more_teachers", "gold"}
+"""Settings that stand in the inputs by what they name."""
 
 
 def inputs(recipe: Recipe, raters: list[Rater]) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def inputs(recipe: Recipe, raters: list[Rater]) -> dict[str, Any]:
             }
             for position, rater in enumerate(raters)
         },
-        "rate": recipe.rate.identity(),
+        "rate": {name: value for name, value in recipe.rate.identity().items() if name not in BY_CONTENT},
         "gold": content(recipe.rate.gold) if recipe.rate.gold else None,
         "seed": recipe.seed,
     }
@@ -123,14 +127,6 @@ def content(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except OSError as error:
         raise UserError(f"rate.gold: {path} cannot be read ({error.strerror}); give a file of human scores") from None
-
-
-def opinions_on(
-    texts: list[str], raters: list[Rater], store: AnswerStore, failed: set[str], calibrate: bool
-) -> list[Opinions]:
-    """Everyone's opinion on every text, calibrated if asked."""
-    empty = [panel.empty_answer(rater, store) if calibrate else None for rater in raters]
-    return [panel.opinions(rater, texts, store, failed, answer) for rater, answer in zip(raters, empty, strict=True)]
 
 
 def against_people(
@@ -164,7 +160,8 @@ def summarise(
     counts: Counts,
     said: list[Opinions],
     verdicts: list[Verdict],
-    spending: Spending,
+    got: Collected,
+    texts: list[str],
     human: dict[str, Any] | None,
 ) -> RateResult:
     """Counts and means over the sample."""
@@ -174,8 +171,10 @@ def summarise(
         **where_rows_went(counts, documents),
         **scores_in_figures(documents, verdicts, prompt.scale, prompt.scales),
         **answers_in_figures(said),
-        **spending.in_figures([each.rater.teacher for each in said], work.seconds),
-        planned=planned(work),
+        **got.spending.in_figures([each.rater.teacher for each in said], work.seconds),
+        n_failed=len(got.failed),
+        n_not_asked=got.n_not_asked,
+        planned=planned(work, len(said), len(texts)),
         agreement=consensus.agreements(said, prompt.scale),
         human=human,
     )
@@ -212,8 +211,6 @@ def answers_in_figures(said: list[Opinions]) -> dict[str, Any]:
     cut = {position for each in said for position, answer in enumerate(each.answers) if answer.was_truncated}
     return {
         "n_raters": len(said),
-        "n_failed": sum(reading.reason == "request_failed" for reading in readings),
-        "n_not_asked": sum(reading.reason == "not_asked" for reading in readings),
         "n_truncated": len(cut),
         "mass": mean([reading.mass for reading in readings]),
         "opinions": [
@@ -228,11 +225,12 @@ def answers_in_figures(said: list[Opinions]) -> dict[str, Any]:
     }
 
 
-def planned(work: Stage) -> dict[str, float | None] | None:
-    """What the plan expected, if there was one."""
+def planned(work: Stage, n_raters: int, n_documents: int) -> dict[str, float | None] | None:
+    """What the plan expected, if there was one for as many raters and documents."""
     plan = read_json(work.recipe.run_folder / "plan" / "result.json")
     names = ("prompt_tokens", "answer_tokens", "usd", "hours")
-    return {name: plan[name] for name in names} if plan else None
+    meant = plan is not None and (plan["n_raters"], plan["n_documents"]) == (n_raters, n_documents)
+    return {name: plan[name] for name in names} if plan and meant else None
 
 
 def mean(values: list[Any]) -> float | None:
@@ -243,8 +241,11 @@ def mean(values: list[Any]) -> float | None:
 
 def check_readable(result: RateResult, recipe: Recipe, work: Stage, said: list[Opinions]) -> None:
     """Stop when too much of what was asked has no score; ratings and answers stay to be looked at."""
-    for each in said:
+    for each, figures in zip(said, result.opinions, strict=True):
         teacher.check_candidates_seen(each.rater.prompt, each.rater.teacher, each.answers)
+        n_lost = result.n_sampled - figures["n_scored"]
+        if len(said) > 1 and n_lost > recipe.rate.max_unscored_rate * result.n_sampled:
+            log.warning("rate: %s with prompt %s has no score for %d", figures["teacher"], figures["prompt"], n_lost)
     n_asked = result.n_sampled - result.unscored.get("not_asked", 0)
     n_unscored = n_asked - result.n_scored
     if n_asked == 0:

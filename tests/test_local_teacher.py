@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from pipeline import models, teacher
 from pipeline.config import Teacher
+from pipeline.engines import engine as engine_of
 from pipeline.engines import transformers as engine
 from pipeline.engines.layout import Row, candidate_ids, token_ids
 from pipeline.engines.transformers import LocalTeacher, batches, started
@@ -837,3 +838,12 @@ def test_a_digit_after_a_space_is_two_tokens_of_smollm2_and_exact(smollm, texts)
     ids = candidate_ids(smollm.tokenizer, quality, "<|im_start|>assistant\nQuality:")
     assert {len(found or []) for name, found in ids.items() if name.startswith(" ")} == {2}
     assert {len(found or []) for name, found in ids.items() if not name.startswith(" ")} == {1}
+
+
+# -- vLLM
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed: tests/vllm_engine")
+def test_without_vllm_its_engine_names_what_to_install(tiny_causal):
+    with pytest.raises(UserError, match=r'^vllm is not installed; run: pip install "gristmill\[vllm\]"$'):
+        engine_of(setup(tiny_causal, engine="vllm")).__enter__()

@@ -10,7 +10,22 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import stamina
-from endpoint import CHOICES, Asked, Reply, corpus, gristmill, likes, number, one_line, ratings, recipe, says, serve
+from endpoint import (
+    CHOICES,
+    Asked,
+    Reply,
+    corpus,
+    error,
+    gristmill,
+    likes,
+    number,
+    one_line,
+    ratings,
+    recipe,
+    says,
+    serve,
+    write,
+)
 
 from pipeline import panel, plan, probe, prompts, rate
 from pipeline.config import Recipe
@@ -113,7 +128,7 @@ def test_two_teachers_of_one_model_are_told_apart_and_equal_ones_refused(tmp_pat
         r = recipe(tmp_path, server.url, rate={"more_teachers": [{"temperature": 0.5}]})
         rate.run(r)
         assert {opinion["teacher"] for opinion in ratings(r)["id-1"]["opinions"]} == {"m", "m (temperature 0.5)"}
-        with pytest.raises(UserError, match="number 1 is the same teacher"):
+        with pytest.raises(UserError, match="would be the same answer as"):
             rate.run(changed(r, "rate", more_teachers=[{"timeout_s": 9}]))
 
 
@@ -409,7 +424,8 @@ def test_a_probe_finds_the_lines_that_a_teacher_obeys(tmp_path: Path) -> None:
         assert server.attempts().total() == n_asked, "a probe that is done is not done again"
     attacks = result.raters[0]["attacks"]
     assert result.n_documents == 25
-    assert attacks["order"] == {"n": 25, "flip_rate": 1.0, "raised_rate": 1.0, "mean_shift": 3.0, "worst_shift": 3.0}
+    flipped = {"flip_rate": 1.0, "raised_rate": 1.0, "mean_shift": 3.0, "worst_shift": 3.0}
+    assert attacks["order"] == {"n": 25, "n_cut": 0, **flipped}
     assert attacks["end of document"]["flip_rate"] == 1.0
     for name in ("harmless line", "answer marker", "chat tokens", "base64", "translated rubric"):
         assert attacks[name]["flip_rate"] == 0.0, name
@@ -468,3 +484,133 @@ def test_panel_names_say_what_sets_teachers_apart(tmp_path: Path) -> None:
     r = recipe(tmp_path, "http://127.0.0.1:9/v1")
     found = panel.teachers(r.teacher, [{"temperature": 1.0, "top_p": 0.5}, {"model": "n"}])
     assert panel.names(found) == ["m", "m (temperature 1.0, top_p 0.5)", "n"]
+
+
+# -- accidents
+
+
+def test_calibration_asks_about_nothing_first_and_stops_where_that_says_nothing(tmp_path: Path) -> None:
+    def refuses(asked: Asked) -> Reply:
+        return likes({" good": -0.1, " bad": -3.0}) if "doc-" in asked.shown else error(400, "empty prompt")
+
+    with serve(refuses) as server:
+        r = recipe(tmp_path, server.url, prompt=CHOICES, rate={"calibrate": True})
+        with pytest.raises(UserError, match=r"rate\.calibrate: m was asked about an empty document, and that failed"):
+            rate.run(r)
+        assert "doc-" not in "".join(asked.shown for asked in server.asked), "nothing else was paid for"
+    with serve(lambda _: likes({" good": -0.1})) as server:
+        r = recipe(tmp_path, server.url, prompt=CHOICES, rate={"calibrate": True})
+        with pytest.raises(UserError, match="' bad' no probability for an empty document"):
+            rate.run(r, redo=True)
+        assert len(server.asked) == 1
+
+
+def test_one_answer_is_never_two_opinions(tmp_path: Path) -> None:
+    two = {**LISTED, "choices": LISTED["choices"][:2]}
+    cases: list[dict[str, Any]] = [
+        {"prompt": two, "rate": {"permute": True, "repeats": 3}},
+        {"rate": {"more_teachers": [{"seed": 7}]}},
+        {"rate": {"repeats": 2, "more_teachers": [{"seed": 1}]}, "temperature": 0.5},
+    ]
+    with serve(by_seed) as server:
+        for case in cases:
+            with pytest.raises(UserError, match="would be the same answer as"):
+                rate.run(recipe(tmp_path, server.url, **case))
+    assert not server.asked
+
+
+def test_a_question_that_two_prompts_share_is_paid_and_counted_once(tmp_path: Path) -> None:
+    with serve(lambda _: likes({" good": -0.5, " bad": -2.0})) as server:
+        r = recipe(tmp_path, server.url, prompt=CHOICES)
+        raw = tmp_path / "raw.md"
+        raw.write_text(r.rate.prompt.read_text().replace('"read"', '"normalise": false, "read"'))  # type: ignore[union-attr]
+        r = changed(r, "rate", more_prompts=[raw])
+        first = rate.run(r)
+        assert (len(server.asked), first.prompt_tokens, first.n_raters) == (8, 800, 2)
+        (r.run_folder / "rate" / "result.json").unlink()
+        again = rate.run(r)
+        assert (again.prompt_tokens, again.n_asked, again.n_reused) == (800, 0, 8)
+
+
+def test_a_teacher_with_another_model_does_not_inherit_what_belongs_to_the_first(tmp_path: Path) -> None:
+    r = recipe(tmp_path, "http://127.0.0.1:9/v1", tokenizer="Qwen/Qwen3-8B", usd_per_million_prompt_tokens=3.0)
+    same, other = panel.teachers(r.teacher, [{"temperature": 1.0}, {"model": "n"}])[1:]
+    assert (same.tokenizer, same.usd_per_million_prompt_tokens) == ("Qwen/Qwen3-8B", 3.0)
+    assert (other.tokenizer, other.usd_per_million_prompt_tokens, other.base_url) == (None, None, r.teacher.base_url)
+
+
+def test_a_budget_that_was_enough_stopped_nothing(tmp_path: Path) -> None:
+    with serve(by_seed) as server:
+        result = rate.run(recipe(tmp_path, server.url, n=20, rate={"budget_tokens": 20 * 107 + 107 * 16}))
+    assert (result.stopped_by, result.n_not_asked, result.n_scored) == (None, 0, 20)
+
+
+def test_a_budget_below_one_answer_pays_for_one(tmp_path: Path) -> None:
+    with serve(by_seed) as server:
+        result = rate.run(recipe(tmp_path, server.url, n=50, rate={"budget_tokens": 1}, concurrency=16))
+        assert len(server.asked) == 1
+    assert (result.n_scored, result.n_not_asked) == (1, 49)
+
+
+def test_a_dear_second_teacher_is_not_taken_to_cost_what_the_first_did(tmp_path: Path) -> None:
+    dear = {"model": "dear", "usd_per_million_prompt_tokens": 1000.0, "usd_per_million_answer_tokens": 0.0}
+    prices = {"usd_per_million_prompt_tokens": 1.0, "usd_per_million_answer_tokens": 0.0}
+    with serve(by_seed) as server:
+        rates = {"more_teachers": [dear], "budget_usd": 1.0}
+        result = rate.run(recipe(tmp_path, server.url, n=40, rate=rates, concurrency=4, **prices))
+    assert result.stopped_by == "budget_usd"
+    assert result.usd is not None
+    assert result.usd <= 1.0
+
+
+def test_more_room_than_the_model_has_leaves_the_short_answers(tmp_path: Path, tiny_causal: Path) -> None:
+    r = recipe(tmp_path, "http://127.0.0.1:9/v1", n=4, rate={"max_unscored_rate": 1.0})
+    local = {"engine": "transformers", "model": str(tiny_causal), "base_url": None, "device": "cpu"}
+    r = changed(r, "teacher", **local, document_tokens=16, max_tokens=1200, dtype="float32")
+    with pytest.raises(UserError, match="documents have no score"):
+        rate.run(r)
+    assert len(ratings(r)) == 4
+
+
+def test_what_a_budget_left_out_of_the_second_askings_is_asked_later(tmp_path: Path) -> None:
+    def wordy(asked: Asked) -> Reply:
+        return says("I would say", "length") if asked.body["max_tokens"] == 20 else says("Score: 3")
+
+    with serve(wordy) as server:
+        r = recipe(tmp_path, server.url, n=10, max_tokens=20, concurrency=1, rate={"budget_tokens": 13 * 107})
+        first = rate.run(r)
+        assert first.stopped_by == "budget_tokens"
+        assert 0 < first.n_not_asked < 10
+        done = rate.run(changed(r, "rate", budget_tokens=None))
+    assert (done.n_scored, done.n_not_asked) == (10, 0)
+    assert len(server.asked) == 20
+
+
+def test_a_probe_that_a_budget_stopped_goes_on(tmp_path: Path) -> None:
+    corpus(tmp_path, 40, tail=" It goes on for a while.")
+    with serve(gullible) as server:
+        r = recipe(tmp_path, server.url, n=40, rate={"probe_documents": 25, "budget_tokens": 4000})
+        first = probe.run(r)
+        assert first.n_not_asked > 0
+        done = probe.run(changed(r, "rate", budget_tokens=None))
+    assert done.n_not_asked == 0
+    assert done.raters[0]["attacks"]["order"]["flip_rate"] == 1.0
+
+
+def test_a_line_that_the_teacher_did_not_see_says_nothing_about_it(tmp_path: Path) -> None:
+    rows = [{"id": f"id-{i}", "text": f"doc-{i} " + "слово " * 900} for i in range(24)]
+    write(tmp_path, rows)
+    with serve(gullible) as server:
+        r = recipe(tmp_path, server.url, n=24, rate={"probe_documents": 24}, document_tokens=100)
+        found = probe.run(r).raters[0]["attacks"]
+    assert found["order"]["n"] == 24
+    assert found["order"]["flip_rate"] == 1.0
+
+
+def test_agreement_of_prompts_needs_only_what_both_gave() -> None:
+    from pipeline.consensus import means_of_both
+
+    nan = np.nan
+    a = {("m", 0): np.array([1.0, 2.0, nan]), ("n", 0): np.array([nan, nan, nan])}
+    b = {("m", 0): np.array([1.0, 4.0, 5.0]), ("n", 0): np.array([3.0, 3.0, 3.0])}
+    np.testing.assert_array_equal(means_of_both(a, b), [[1.0, 2.0, nan], [1.0, 4.0, nan]])

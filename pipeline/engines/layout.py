@@ -36,6 +36,10 @@ class Row(NamedTuple):
     was_truncated: bool
 
 
+class NoRoom(UserError):
+    """The rubric and the answer leave no room for a document."""
+
+
 class Layout:
     """A prompt in a model's tokens. `context` is the most tokens that the model reads, None where there is no limit;
     `decoder_start` is empty for causal models."""
@@ -64,7 +68,7 @@ class Layout:
         room = 0 if self.decoder_start else self.room
         free = (context or math.inf) - around - room
         if free < 16:
-            raise UserError(
+            raise NoRoom(
                 f"prompt {self.prompt.name}: the rubric takes {around} tokens and the answer {room} of the model's"
                 f" {context}; shorten the rubric or lower --teacher.max-tokens"
             )

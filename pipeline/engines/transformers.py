@@ -34,13 +34,20 @@ def started(teacher: Teacher) -> Iterator[Ask]:
     yield ask
 
 
+CHUNK = 512
+"""Questions that are sorted by length together: a run that is stopped has asked a fair sample, not the shortest."""
+
+
 def ask_all(local: "LocalTeacher", questions: list[Question], answered: set[str], record: Record) -> None:
-    """Ask batch by batch. Batches are planned over all questions, so a resumed run computes the same batches."""
-    rows = sorted(map(local.layout.row, questions), key=lambda row: (len(row.ids), row.key))
-    for batch in batches(rows, len(local.layout.pieces.head) + local.layout.room, local.settings.batch_tokens):
-        open_rows = [row for row in batch if row.key not in answered]
-        if open_rows and not record(local.answers(open_rows)):
-            return
+    """Ask batch by batch. Batches are planned over all questions, in the order of their keys, which is as good as
+    random, so a resumed run computes the same batches."""
+    ordered, extra = sorted(questions), len(local.layout.pieces.head) + local.layout.room
+    for begin in range(0, len(ordered), CHUNK):
+        rows = sorted(map(local.layout.row, ordered[begin : begin + CHUNK]), key=lambda row: (len(row.ids), row.key))
+        for batch in batches(rows, extra, local.settings.batch_tokens):
+            open_rows = [row for row in batch if row.key not in answered]
+            if open_rows and not record(local.answers(open_rows)):
+                return
 
 
 def batches(rows: list[Row], extra: int, budget: int) -> list[list[Row]]:

@@ -178,10 +178,11 @@ class Asking:
         log.warning("teacher: a document failed (%s)", reason)
         return {"finish": "failed"}
 
-    async def request(self, ids: list[int], params: Any) -> Any:
-        """The finished output of one request."""
+    async def request(self, ids: list[int], params: Any, priority: int = 0) -> Any:
+        """The finished output of one request; the lowest priority goes first."""
         params.output_kind = type(params.output_kind).FINAL_ONLY
-        *_, last = [out async for out in self.engine.generate(tokens(ids), params, uuid4().hex)]
+        outputs = self.engine.generate(tokens(ids), params, uuid4().hex, priority=priority)
+        *_, last = [out async for out in outputs]
         self.n_prompt_tokens += len(ids)
         self.n_cached_tokens += last.num_cached_tokens or 0
         if last.outputs[0].finish_reason not in ("stop", "length"):
@@ -192,12 +193,13 @@ class Asking:
 
     async def choose(self, ids: list[int], _: str) -> dict[str, Any]:
         """Log-probability of each candidate as the next tokens, over the full vocabulary and exact: the product over
-        its tokens, those after the first from further requests, which the prefix cache makes cheap."""
+        its tokens, those after the first from further requests. These go before other documents, while the prompt is
+        still in the prefix cache."""
         log_probs: dict[tuple[int, ...], float] = {(): 0.0}
         for before, following in self.next.items():
-            found = (await self.request([*ids, *before], self.naming(following))).logprobs[0]
+            out = await self.request([*ids, *before], self.naming(following), -len(before))
             for token in following:
-                log_p = found[token].logprob if token in found else -math.inf
+                log_p = out.logprobs[0][token].logprob if token in out.logprobs[0] else -math.inf
                 log_probs[(*before, token)] = log_probs[before] + log_p
         named = self.layout.candidates.items()
         return {"finish": "stop", "log_probs": {name: log_probs[tuple(c)] if c else -math.inf for name, c in named}}
@@ -302,6 +304,7 @@ def engine_args(teacher: Teacher, known: list[str]) -> dict[str, Any]:
         "seed": teacher.seed,
         "max_logprobs": teacher.top_logprobs,
         "enable_prefix_caching": True,
+        "scheduling_policy": "priority",
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},

@@ -6,6 +6,7 @@ They need vLLM and a model that it can load: bash scripts/test_vllm.sh makes an 
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import signal
 import socket
@@ -79,16 +80,22 @@ def documents(texts: list[str]) -> list[str]:
     return [*texts[:24], CONTROL]
 
 
+FREE = Prompt(name="free", body=BODY, read="generate")
+
+
 @pytest.fixture(scope="module")
-def in_vllm() -> Iterator[Ask]:
+def by_transformers(documents: list[str]) -> dict[str, dict[str, Answer]]:
+    """What the transformers engine says, by prompt and document; asked first, while no other engine is running."""
+    settings = setup(engine="transformers", device="cpu", max_tokens=12)
+    with engine(settings) as ask:
+        found = {prompt.name: asked(ask, prompt, settings, documents) for prompt in (one_token(), several_tokens())}
+        return found | {FREE.name: asked(ask, FREE, settings, documents[:8])}
+
+
+@pytest.fixture(scope="module")
+def in_vllm(by_transformers: dict[str, dict[str, Answer]]) -> Iterator[Ask]:
     """One running engine for most tests."""
     with engine(setup()) as ask:
-        yield ask
-
-
-@pytest.fixture(scope="module")
-def in_transformers() -> Iterator[Ask]:
-    with engine(setup(engine="transformers", device="cpu")) as ask:
         yield ask
 
 
@@ -143,14 +150,13 @@ def differences(prompt: Prompt, one: dict[str, Answer], other: dict[str, Answer]
 
 
 @pytest.mark.parametrize("prompt", [one_token(), several_tokens()], ids=["one-token", "several-tokens"])
-def test_the_three_ways_to_run_a_model_agree_on_choices(in_vllm, in_transformers, url, documents, prompt, capsys):
+def test_the_three_ways_to_run_a_model_agree_on_choices(by_transformers, in_vllm, url, documents, prompt, capsys):
     settings = setup()
     by_vllm = asked(in_vllm, prompt, settings, documents)
-    by_transformers = asked(in_transformers, prompt, settings, documents)
     served = setup(engine="openai", model="teacher", base_url=url, tokenizer=MODEL)
     with engine(served) as ask:
         by_server = asked(ask, prompt, served, documents)
-    for name, other in (("transformers", by_transformers), ("server", by_server)):
+    for name, other in (("transformers", by_transformers[prompt.name]), ("server", by_server)):
         p, score = differences(prompt, by_vllm, other)
         with capsys.disabled():
             print(f"\n{prompt.name}: vllm and {name} differ by {p:.1e} in a probability, {score:.1e} in a score")
@@ -158,8 +164,9 @@ def test_the_three_ways_to_run_a_model_agree_on_choices(in_vllm, in_transformers
         assert score < 0.01
     assert len({teacher.read(prompt, answer).score for answer in by_vllm.values()}) == len(documents)
     for text in documents:
-        assert by_vllm[text].prompt_tokens == by_transformers[text].prompt_tokens
-        assert by_vllm[text].was_truncated == by_transformers[text].was_truncated
+        expected = by_transformers[prompt.name][text]
+        assert by_vllm[text].prompt_tokens == expected.prompt_tokens
+        assert by_vllm[text].was_truncated == expected.was_truncated
 
 
 def test_a_server_asked_without_a_tokenizer_agrees_on_the_candidates_it_lists(in_vllm, url, documents):
@@ -189,16 +196,14 @@ def test_an_older_vllm_gives_the_candidates_among_the_likeliest_tokens(in_vllm, 
         )
 
 
-def test_greedy_answers_are_those_of_transformers(in_vllm, in_transformers, documents):
-    prompt = Prompt(name="free", body=BODY, read="generate")
-    by_vllm = asked(in_vllm, prompt, setup(max_tokens=12), documents[:8])
-    by_transformers = asked(in_transformers, prompt, setup(max_tokens=12), documents[:8])
-    for text in documents[:8]:
-        assert (by_vllm[text].text, by_vllm[text].finish) == (by_transformers[text].text, by_transformers[text].finish)
-        assert by_vllm[text].answer_tokens == by_transformers[text].answer_tokens
+def test_greedy_answers_are_those_of_transformers(by_transformers, in_vllm, documents):
+    found = asked(in_vllm, FREE, setup(max_tokens=12), documents[:8])
+    for text, expected in by_transformers["free"].items():
+        assert (found[text].text, found[text].finish) == (expected.text, expected.finish)
+        assert found[text].answer_tokens == expected.answer_tokens
 
 
-def test_a_document_full_of_control_tokens_adds_none_to_the_prompt(in_vllm, in_transformers, documents):
+def test_a_document_full_of_control_tokens_adds_none_to_the_prompt(in_vllm, documents):
     seen: list[list[int]] = []
     plain = vllm_engine.tokens
     with pytest.MonkeyPatch.context() as patch:
@@ -235,19 +240,18 @@ def test_without_structure_the_form_is_not_kept(in_vllm, documents):
 
 
 def test_a_sampled_answer_does_not_depend_on_what_else_is_asked(in_vllm, documents):
-    prompt, settings = Prompt(name="free", body=BODY, read="generate"), setup(temperature=1.0, max_tokens=16)
-    together = asked(in_vllm, prompt, settings, documents[:6])
-    assert asked(in_vllm, prompt, settings, documents[3:4])[documents[3]].text == together[documents[3]].text
-    other = asked(in_vllm, prompt, settings.model_copy(update={"seed": 1}), documents[:6])
+    settings = setup(temperature=1.0, max_tokens=16)
+    together = asked(in_vllm, FREE, settings, documents[:6])
+    assert asked(in_vllm, FREE, settings, documents[3:4])[documents[3]].text == together[documents[3]].text
+    other = asked(in_vllm, FREE, settings.model_copy(update={"seed": 1}), documents[:6])
     assert any(other[text].text != together[text].text for text in documents[:6])
 
 
 def test_arguments_reach_sampling_and_unknown_ones_are_one_line(in_vllm, documents):
-    prompt = Prompt(name="free", body=BODY, read="generate")
-    answer = asked(in_vllm, prompt, setup(args={"max_tokens": 3}), documents[:1])[documents[0]]
+    answer = asked(in_vllm, FREE, setup(args={"max_tokens": 3}), documents[:1])[documents[0]]
     assert (answer.finish, answer.answer_tokens) == ("length", 3)
     with pytest.raises(UserError, match=r"^teacher\.args: vLLM's SamplingParams refuses them \(.*no_such.*\)$"):
-        asked(in_vllm, prompt, setup(args={"no_such": 3}), documents[:1])
+        asked(in_vllm, FREE, setup(args={"no_such": 3}), documents[:1])
 
 
 # -- what goes wrong
@@ -350,7 +354,8 @@ def stored(store: Path, documents: list[str]) -> dict[str, Answer]:
         return {keys[key]: answer for key, answer in answers.find(keys)}
 
 
-def test_a_killed_and_an_interrupted_run_leave_no_process_and_are_gone_on_with(tmp_path, texts):
+def test_a_killed_and_an_interrupted_run_leave_no_process_and_two_copies_go_on(tmp_path, in_vllm, texts):
+    texts = texts[:40]
     store = tmp_path / "answers.sqlite"
     killed = Run(store, texts)
     killed.wait_for_answers(1)
@@ -365,23 +370,31 @@ def test_a_killed_and_an_interrupted_run_leave_no_process_and_are_gone_on_with(t
     assert (code != 0, out) == (True, "")
     n_second = count(store)
     assert n_first < n_second < len(texts)
-    whole = Run(store, texts)
+    whole = Run(store, texts, data_parallel_size=2)
+    whole.wait_for_answers(n_second + 1)
+    assert len(whole.engines()) == 2
     code, out, err = whole.end()
     assert (code, json.loads(out)) == (0, {"n_asked": len(texts) - n_second}), err[-3000:]
     assert "Traceback" not in err
-    assert len(stored(store, texts)) == len(texts)
-
-
-def test_two_copies_of_a_model_say_the_same_and_the_death_of_one_is_one_line(tmp_path, in_vllm, texts):
-    store = tmp_path / "answers.sqlite"
-    run = Run(store, texts, data_parallel_size=2)
-    run.wait_for_answers(2)
-    assert len(run.engines()) == 2
-    run.engines()[0].kill()
-    code, out, err = run.end()
-    assert (code, out) == (1, "")
-    assert "error: vLLM stopped while it ran" in err, err[-3000:]
     found = stored(store, texts)
-    assert 0 < len(found) < len(texts)
-    alone = asked(in_vllm, several_tokens(), setup(), list(found))
-    assert differences(several_tokens(), found, alone)[0] < 0.001
+    assert len(found) == len(texts)
+    alone = asked(in_vllm, several_tokens(), setup(), texts[:20])
+    assert differences(several_tokens(), alone, {text: found[text] for text in alone})[0] < 0.001
+
+
+def test_an_engine_that_dies_is_one_line_and_what_it_said_is_kept(in_vllm, texts):
+    """The last test: it kills the engine of the others."""
+    settings = setup()
+    kept: list[tuple[str, Answer]] = []
+
+    def record(arrived: list[tuple[str, Answer]]) -> bool:
+        kept.extend(arrived)
+        for process in multiprocessing.active_children():
+            process.kill()
+        return True
+
+    with pytest.raises(
+        UserError, match=r"^vLLM stopped while it ran .* every answer so far is recorded, run the same"
+    ):
+        in_vllm(several_tokens(), settings, questions(several_tokens(), settings, texts), set(), record)
+    assert any(answer.finish == "stop" for _, answer in kept)
