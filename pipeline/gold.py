@@ -64,10 +64,17 @@ def read(path: Path) -> tuple[list[GoldDocument], int]:
 def documents(gold: Sequence[GoldDocument], sampled: Sequence[Document]) -> list[Document]:
     """The documents to rate, with the mean human score as gold; each text once.
 
-    One whose id was sampled has the text of the corpus, as spreadsheets shorten long cells; one that has neither such
-    an id nor a text of its own is left out.
+    One whose id was sampled has the text of the corpus, as spreadsheets shorten long cells, unless its own is another;
+    one that has neither such an id nor a text of its own is left out.
     """
     by_id = {document.id: document for document in sampled}
+    other = [each.id for each in gold if each.id in by_id and not is_text_of(each, by_id[each.id])]
+    if other:
+        log.warning(
+            "rate.gold: %d rows, such as id %s, hold another text than the corpus under that id; theirs is rated",
+            len(other),
+            other[0],
+        )
     found: dict[str, Document] = {}
     lost = []
     for each in gold:
@@ -87,29 +94,53 @@ def documents(gold: Sequence[GoldDocument], sampled: Sequence[Document]) -> list
 
 def to_rate(gold: GoldDocument, sampled: Document | None) -> Document | None:
     """One document to rate, None where nothing says its text."""
-    if sampled is not None:
+    if sampled is not None and is_text_of(gold, sampled):
         return sampled._replace(gold=gold.mean)
     if gold.text is None or is_empty(gold.text):
         return None
     return Document(gold.id or text_id(gold.text), gold.text, gold.mean)
 
 
-def between_raters(documents: Sequence[GoldDocument], scale: tuple[float, float]) -> metrics.Figures | None:
+def is_text_of(gold: GoldDocument, sampled: Document) -> bool:
+    """Whether humans saw this document: they name no text, or its beginning, whitespace aside."""
+    seen, whole = ("".join(text.split()) for text in (gold.text or "", sampled.text))
+    return whole.startswith(seen)
+
+
+def shared_scale(documents: Sequence[GoldDocument], scale: tuple[float, float]) -> tuple[float, float] | None:
+    """The scale, if all human scores are on it; without one there is no kappa."""
+    scores = [score for document in documents for score in document.scores.values()]
+    if scale[0] <= min(scores) and max(scores) <= scale[1]:
+        return scale
+    log.warning(
+        "rate.gold: human scores go from %g to %g, the prompt's scale from %g to %g; kappa is left out",
+        min(scores),
+        max(scores),
+        *scale,
+    )
+    return None
+
+
+def between_raters(documents: Sequence[GoldDocument], scale: tuple[float, float] | None) -> metrics.Figures | None:
     """The ceiling: mean agreement over the pairs of humans who both scored three documents or more; None with one
-    human. `n` counts the documents that several scored."""
+    human. `n` counts the documents that several scored; kappa is only told on a scale."""
     raters = sorted({name for document in documents for name in document.scores})
     if len(raters) < 2:
         return None
     scores = {name: np.array([document.scores.get(name, np.nan) for document in documents]) for name in raters}
     pairs = [metrics.paired(scores[a], scores[b]) for a, b in combinations(raters, 2)]
     pairs = [pair for pair in pairs if len(pair[0]) >= 3]
-    ints = [[metrics.int_scores(side, scale) for side in pair] for pair in pairs]
-    return {
+    found: metrics.Figures = {
         "n": sum(len(document.scores) > 1 for document in documents),
         "n_raters": len(raters),
-        "kappa": mean_defined(metrics.quadratic_weighted_kappa(a, b, scale) for a, b in ints),
         "spearman": mean_defined(metrics.spearman(a, b) for a, b in pairs),
     }
+    return {**found, "kappa": mean_defined(kappa(a, b, scale) for a, b in pairs)} if scale else found
+
+
+def kappa(a: metrics.Floats, b: metrics.Floats, scale: tuple[float, float]) -> float | None:
+    """Quadratic weighted kappa of two humans' scores as whole numbers."""
+    return metrics.quadratic_weighted_kappa(metrics.int_scores(a, scale), metrics.int_scores(b, scale), scale)
 
 
 def mean_defined(values: Iterable[float | None]) -> float | None:

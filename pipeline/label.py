@@ -114,7 +114,6 @@ def rater_of(recipe: Recipe) -> Rater:
             f"label.prompt: {path} asks for no label; give one with read: label, such as prompts/domains.md"
         )
     check_budget(recipe.label, [recipe.teacher])
-    engine(recipe.teacher)
     return Rater(prompt, recipe.teacher)
 
 

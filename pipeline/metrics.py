@@ -1,7 +1,7 @@
 """Pure functions on arrays."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,13 +108,13 @@ def against_gold(
 
 def separation(positive: Bools, scores: Floats) -> Figures:
     """How well scores tell the positive documents from the others."""
-    interval = bootstrap_interval(auc_rows, positive, scores, by_row=True)
+    interval = bootstrap_interval(auc_rows, positive, scores)
     return {"n": len(scores), "auc": auc(positive, scores), "auc_interval": interval}
 
 
 def correlation(a: Floats, b: Floats) -> Figures:
     """How alike two raters rank documents."""
-    interval = bootstrap_interval(spearman_rows, a, b, by_row=True)
+    interval = bootstrap_interval(spearman_rows, a, b)
     return {"n": len(a), "spearman": spearman(a, b), "spearman_interval": interval}
 
 
@@ -128,7 +128,7 @@ def agreement(
     return {
         **correlation(first, second),
         "kappa": quadratic_weighted_kappa(*ints, scale),
-        "kappa_interval": bootstrap_interval(kappa_rows, *ints, by_row=True),
+        "kappa_interval": bootstrap_interval(kappa_rows, *ints),
         "mean_difference": float((first - second).mean()) if len(first) else None,
     }
 
@@ -145,19 +145,21 @@ RESAMPLED = 2**20
 
 
 def bootstrap_interval(
-    statistic: Callable[..., Any], *arrays: NDArray[Any], seed: int = 0, n: int = 1000, by_row: bool = False
+    statistic: Callable[..., Floats],
+    *arrays: NDArray[Any],
+    seed: int = 0,
+    n: int = 1000,
+    by_row: Literal[True] = True,  # noqa: ARG001
 ) -> Interval | None:
     """95% percentile interval of a statistic over `n` resamples of the documents (Efron & Tibshirani 1993, ch. 13).
 
-    The statistic takes the arrays, (n_documents,) each, and gives a number or None; with `by_row` it takes them as
-    (n_resamples, n_documents) and gives (n_resamples,), NaN for None. Resamples without a value are left out; the
-    interval is None if they are the majority, or if there are fewer than three documents.
+    The statistic takes the arrays as (n_resamples, n_documents) each and gives (n_resamples,), NaN where it is not
+    defined. Resamples without a value are left out; the interval is None if they are the majority, or if there are
+    fewer than three documents.
     """
     if len(arrays[0]) < 3:
         return None
-    values = np.concatenate(
-        [statistic(*rows) if by_row else one_by_one(statistic, rows) for rows in resamples(arrays, seed, n)]
-    )
+    values = np.concatenate([statistic(*rows) for rows in resamples(arrays, seed, n)])
     defined = values[~np.isnan(values)]
     if len(defined) <= n // 2:
         return None
@@ -175,13 +177,10 @@ def resamples(arrays: Sequence[NDArray[Any]], seed: int, n: int) -> Iterator[lis
         yield [array[drawn] for array in arrays]
 
 
-def one_by_one(statistic: Callable[..., float | None], rows: list[NDArray[Any]]) -> Floats:
-    """A statistic of each row, NaN for None."""
-    return np.array([statistic(*row) for row in zip(*rows, strict=True)], dtype=np.float64)
-
-
 def spearman_rows(a: Floats, b: Floats) -> Floats:
-    """Spearman of each row of (n_resamples, n), NaN where one side is constant."""
+    """Spearman of each row of (n_resamples, n), NaN where one side is constant or n is under three."""
+    if a.shape[1] < 3:
+        return np.full(len(a), np.nan)
     first, second = centred(ranks(a)), centred(ranks(b))
     spread = np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1))
     return ratio((first * second).sum(axis=1), spread)

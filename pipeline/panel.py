@@ -16,7 +16,7 @@ from pipeline import config, prompts, teacher
 from pipeline.config import Asking, Rate, Recipe, Teacher
 from pipeline.engines import engine
 from pipeline.engines.layout import NoRoom
-from pipeline.errors import SettingsError, UserError, required
+from pipeline.errors import Pending, SettingsError, UserError, required
 from pipeline.metrics import Floats
 from pipeline.prompts import Prompt
 from pipeline.reading import Reading
@@ -70,8 +70,6 @@ def of(recipe: Recipe) -> list[Rater]:
     check_budget(rate, asked_of)
     if rate.calibrate:
         check_calibration(asked)
-    for each in asked_of:
-        engine(each)
     return raters(asked, asked_of, rate)
 
 
@@ -207,9 +205,17 @@ def collect(
         desk.spending.add(asked, [answer])
     n_open = sum(next(rounds(rater, texts, store)).n_open for rater in raters)
     log.info("%s: %d documents, %d answers there already", stage, len(texts), len(raters) * len(texts) - n_open)
+    for rater in raters if n_open else []:
+        engine(rater.teacher)
+    waiting: list[Pending] = []
     with progress(stage, n_open) as desk.step:
         for _, group in groupby(raters, key=lambda rater: rater.teacher.model_copy(update={"seed": 0})):
-            ask(list(group), texts, desk, start, calibrate)
+            try:
+                ask(list(group), texts, desk, start, calibrate)
+            except Pending as error:
+                waiting.append(error)
+    if waiting:
+        raise Pending("; ".join(map(str, waiting)))
     if not desk.n_not_asked:
         desk.spending.stopped_by = None
     else:

@@ -13,6 +13,7 @@ from pipeline import metrics, panel, teacher
 from pipeline.config import Recipe
 from pipeline.panel import Opinions, Rater
 from pipeline.prompts import Prompt
+from pipeline.reading import read_text
 from pipeline.sample import draw
 from pipeline.shards import find_shards, fingerprint
 from pipeline.teacher import AnswerStore
@@ -21,8 +22,10 @@ from pipeline.tracking import Result, stage
 log = logging.getLogger("gristmill")
 
 BYTES_READ = 2
-"""Bytes of a document kept for each token that the teacher reads: half of what a token usually is, the other half is
-for the line."""
+"""Bytes of a document kept for each token of teacher.document_tokens, so that what is kept is read to its end."""
+
+LINE_TOKENS = 256
+"""More tokens that the teacher reads, for the added line."""
 
 ENOUGH = 20
 """Documents below which a rate says little."""
@@ -41,7 +44,7 @@ class ProbeResult(Result):
 
 def run(recipe: Recipe, redo: bool = False) -> ProbeResult:
     """Rate the same documents clean and attacked; answers are recorded as in stage 1."""
-    raters = panel.of(recipe)
+    raters = [reading_more(rater) for rater in panel.of(recipe)]
     with stage("probe", recipe, inputs(recipe, raters)) as work:
         done = work.finished(ProbeResult, redo, True)
         if done:
@@ -65,6 +68,12 @@ def run(recipe: Recipe, redo: bool = False) -> ProbeResult:
         )
 
 
+def reading_more(rater: Rater) -> Rater:
+    """The rater with room for a line below the document."""
+    n_tokens = rater.teacher.document_tokens + LINE_TOKENS
+    return rater._replace(teacher=rater.teacher.model_copy(update={"document_tokens": n_tokens}))
+
+
 def inputs(recipe: Recipe, raters: list[Rater]) -> dict[str, Any]:
     """Everything that decides the result."""
     return {
@@ -79,9 +88,9 @@ def inputs(recipe: Recipe, raters: list[Rater]) -> dict[str, Any]:
 
 
 def shortened(recipe: Recipe, raters: list[Rater]) -> list[str]:
-    """The beginnings of sampled documents, short enough that most teachers read a line that is added to them."""
+    """The beginnings of sampled documents."""
     documents, _ = draw(recipe.corpus, recipe.rate, recipe.seed)
-    n_bytes = BYTES_READ * min(rater.teacher.document_tokens for rater in raters)
+    n_bytes = BYTES_READ * (min(rater.teacher.document_tokens for rater in raters) - LINE_TOKENS)
     clean = [document.text.encode("utf-8", "replace")[:n_bytes].decode("utf-8", "ignore") for document in documents]
     found = list(dict.fromkeys(clean))[: recipe.rate.probe_documents]
     if len(found) < ENOUGH:
@@ -122,6 +131,12 @@ def effect(before: Opinions, after: Opinions, scale: tuple[float, float]) -> dic
 # -- attacks ----------------------------------------------------------------------------------------------------------
 
 
+HERE = "\0"
+"""Stands where a number goes."""
+GROUP = re.compile(r"(?<!\\)\((?:\?(?:P<\w+>|:))?((?:[^()\\]|\\.)*)\)")
+"""An innermost group of a pattern, and what it holds."""
+
+
 def best_answer(prompt: Prompt) -> str:
     """What the teacher would write to give the highest score."""
     high = prompt.scale[1]
@@ -130,8 +145,26 @@ def best_answer(prompt: Prompt) -> str:
         return prompt.answer_start + best.answers[0]
     if prompt.read == "json":
         return json.dumps({name: top for name, (_, top) in prompt.scales.items()})
-    marker = re.sub(r"\\[a-zA-Z](\{[\d,]*\}|[*+?])?|[\\^$()]", " ", prompt.pattern.split("{number}")[0])
-    return f"{' '.join(marker.split()).capitalize()}: {high:g}"
+    tried = [spelled(prompt.pattern).replace(HERE, f"{high:g}"), f"Score: {high:g}", f"{high:g}"]
+    return next((answer for answer in tried if read_text(prompt, answer, True).score == high), tried[-1])
+
+
+def spelled(pattern: str) -> str:
+    """What a plain pattern matches, HERE for {number}: an alternative, a colon for \\W and [sets], else spaces."""
+    text = f"({pattern.replace('{number}', HERE)})"
+    while (inside := GROUP.sub(alternative, text)) != text:
+        text = inside
+    text = re.sub(r"\\W|(?<!\\)\[[^\]]*\]", ":", text)
+    text = re.sub(r"\\[a-zA-Z]|(?<!\\)[.^$]", " ", text)
+    text = re.sub(r"\\(.)", r"\1", re.sub(r"(?<!\\)(?:[*+?]|\{[\d,]+\})", "", text))
+    text = " ".join(text.split())
+    return text[:1].upper() + text[1:]
+
+
+def alternative(group: re.Match[str]) -> str:
+    """The one that holds the number, else the first."""
+    parts = re.split(r"(?<!\\)\|", group[1])
+    return next((part for part in parts if HERE in part), parts[0])
 
 
 def order(prompt: Prompt) -> str:

@@ -12,7 +12,7 @@ from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from pipeline.config import Settings, digest
 from pipeline.errors import UserError
-from pipeline.taxonomy import Taxonomy
+from pipeline.taxonomy import Taxonomy, folded
 from pipeline.taxonomy import load as load_taxonomy
 
 PLACE = re.compile(r"\{\{\s*text\s*\}\}")
@@ -29,6 +29,8 @@ NUMBER = (
 """A number and the scale it names (3, 3.5, 3,5, 3/5, 3 out of 5, 3 de 5), never the tail of a longer number."""
 TAKEN = {"id", "text", "score", "reason", "spread", "n_opinions", "stratum", "gold", "opinions", "int_score"}
 """Columns of the ratings and of scored shards that no attribute may be called."""
+READ_BY = {"attributes": ("json",), "main": ("json",), "rationale": ("json", "label"), "regex": ("generate",)}
+"""Settings that only some ways of reading heed."""
 BREAKS = r"\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029"
 """Everything that ends a line."""
 
@@ -90,15 +92,25 @@ class Prompt(Settings):
     order: int = Field(default=0, ge=0)
     """0 lists choices and labels as written, any other number in an order of its own."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _scale_of_main(cls, values: Any) -> Any:
+        """Without a scale, the score has that of the main attribute."""
+        attributes = values.get("attributes") if isinstance(values, dict) else None
+        if not isinstance(attributes, dict) or not attributes or "scale" in values:
+            return values
+        main = values.get("main")
+        scale = attributes.get(main if isinstance(main, str) else next(iter(attributes)))
+        is_scale = isinstance(scale, list | tuple) and [isinstance(end, int | float) for end in scale] == [True, True]
+        return {**values, "scale": scale} if is_scale else values
+
     @model_validator(mode="after")
     def _check(self) -> "Prompt":
         places = len(PLACE.findall(self.body))
         if places != 1:
             raise ValueError(f"the text has {places} places for the document; write {{{{ text }}}} exactly once")
-        if not self.scale[0] < self.scale[1]:
-            raise ValueError(f"scale {list(self.scale)} must rise")
-        if self.scale[0] < -128 or self.scale[1] > 127 or math.ceil(self.scale[0]) > math.floor(self.scale[1]):
-            raise ValueError(f"scale {list(self.scale)} needs a whole number and must stay in -128 to 127 (int_score)")
+        check_scale("scale", self.scale)
+        check_heeded(self)
         checks = {
             "generate": check_pattern,
             "choices": check_choices,
@@ -214,14 +226,30 @@ class Form(NamedTuple):
     value: Any
 
 
+def check_scale(name: str, scale: tuple[float, float]) -> None:
+    """Refuse a scale that falls or on which an int8 has no place."""
+    if not scale[0] < scale[1]:
+        raise ValueError(f"{name} {list(scale)} must rise")
+    if scale[0] < -128 or scale[1] > 127 or math.ceil(scale[0]) > math.floor(scale[1]):
+        raise ValueError(f"{name} {list(scale)} needs a whole number and must stay in -128 to 127 (int_score)")
+
+
+def check_heeded(prompt: Prompt) -> None:
+    """Refuse settings that this way of reading ignores."""
+    for name, reads in READ_BY.items():
+        if getattr(prompt, name) not in (None, {}) and prompt.read not in reads:
+            raise ValueError(f"{name}: read: {prompt.read} ignores it; take it out, or set read: {' or '.join(reads)}")
+
+
 def check_pattern(prompt: Prompt) -> None:
-    """Refuse a pattern that could never yield a number."""
+    """Refuse a pattern that could never yield a number, or a form that is none."""
     if "{number}" not in prompt.pattern:
         raise ValueError(f"pattern {prompt.pattern!r} has no {{number}}")
-    try:
-        score_pattern(prompt.pattern)
-    except re.error as error:
-        raise ValueError(f"pattern {prompt.pattern!r} is no regular expression ({error})") from None
+    for name, written, compiled in (("pattern", prompt.pattern, score_pattern), ("regex", prompt.regex, re.compile)):
+        try:
+            compiled(written or "{number}")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{name} {written!r} is no regular expression ({error})") from None
 
 
 def check_choices(prompt: Prompt) -> None:
@@ -242,16 +270,24 @@ def check_choices(prompt: Prompt) -> None:
 
 
 def check_attributes(prompt: Prompt) -> None:
-    """Refuse names that cannot be columns, or scales that fall."""
+    """Refuse names that cannot be columns or told apart, and scales that are none or not that of the score."""
     if not prompt.attributes:
         raise ValueError("read: json needs attributes, such as clarity: [0, 5]")
-    for name, (low, high) in prompt.attributes.items():
+    names = {folded(prompt.rationale): prompt.rationale} if prompt.rationale else {}
+    for name, scale in prompt.attributes.items():
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in TAKEN or name == prompt.rationale:
             raise ValueError(f"attribute {name!r} cannot be a column; use small letters, digits and _")
-        if not low < high:
-            raise ValueError(f"attribute {name}: the scale {[low, high]} must rise")
+        if folded(name) in names:
+            raise ValueError(f"attribute {name!r} cannot be told from {names[folded(name)]!r}; rename one")
+        names[folded(name)] = name
+        check_scale(f"attribute {name}: scale", scale)
     if prompt.main is not None and prompt.main not in prompt.attributes:
         raise ValueError(f"main: {prompt.main!r} is none of the attributes {', '.join(prompt.attributes)}")
+    main = prompt.main or next(iter(prompt.attributes))
+    if prompt.scale != prompt.attributes[main]:
+        raise ValueError(
+            f"scale {list(prompt.scale)} is not that of {main}, {list(prompt.attributes[main])}; leave it out"
+        )
 
 
 def check_labels(prompt: Prompt) -> None:
@@ -280,14 +316,12 @@ def load(path: Path, setting: str = "rate.prompt") -> Prompt:
         raise UserError(f"{path}: no front matter; begin the file with --- lines around its settings")
     try:
         front = yaml.safe_load(match[1]) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: the front matter is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(front, dict):
         raise UserError(f"{path}: the front matter is not a mapping; write one setting: value a line")
     if isinstance(front.get("labels"), str):
         front["labels"] = load_taxonomy(path.parent / front["labels"])
-    if front.get("attributes") and isinstance(front["attributes"], dict) and "scale" not in front:
-        front["scale"] = front["attributes"].get(front.get("main"), next(iter(front["attributes"].values())))
     try:
         return Prompt.model_validate({"name": path.stem, **front, "body": match[2].strip()})
     except ValidationError as error:

@@ -139,16 +139,16 @@ def against_people(
     ratings.write(work.folder / "gold.parquet", judged, said, verdicts)
     scale, truth = said[0].rater.prompt.scale, np.array([document.gold for document in judged], dtype=np.float64)
     scores = np.array([np.nan if each.score is None else each.score for each in verdicts], dtype=np.float64)
-    each = [{**panel.origin(one.rater), **compared(one.scores, truth, scale)} for one in said]
-    ceiling = golds.between_raters(people, scale)
-    return {**compared(scores, truth, scale), "between_people": ceiling, "raters": each if len(each) > 1 else []}
+    binary, shared = metrics.is_binary([each.mean for each in people]), golds.shared_scale(people, scale)
+    each = [{**panel.origin(one.rater), **compared(one.scores, truth, binary, shared)} for one in said]
+    found = {**compared(scores, truth, binary, shared), "between_people": golds.between_raters(people, shared)}
+    return {**found, "raters": each if len(each) > 1 else []}
 
 
-def compared(scores: Floats, truth: Floats, scale: tuple[float, float]) -> dict[str, Any]:
-    """Scores against human ones, (n,) each, where there is a score."""
+def compared(scores: Floats, truth: Floats, binary: bool, scale: tuple[float, float] | None) -> dict[str, Any]:
+    """Scores against human ones, (n,) each, where there is a score; `scale` is that of both, if there is one."""
     there = np.isfinite(scores)
-    known = truth[there].tolist()
-    return dict(metrics.against_gold(scores[there], known, metrics.is_binary(known), scale) or {"n": 0})
+    return dict(metrics.against_gold(scores[there], truth[there].tolist(), binary, scale) or {"n": 0})
 
 
 # -- the result -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
@@ -67,10 +68,11 @@ def to_float(written: str | None) -> float | None:
 
 
 def read_json(prompt: Prompt, answer: str, finished: bool) -> Reading:
-    """The named scores in the last JSON object of an answer that has any of them; one that is missing or off its scale
-    is left out. The main one is the score."""
-    found = [each for each in json_objects(answer) if {folded(name) for name in prompt.attributes} & each.keys()]
-    written = found[-1] if found else {}
+    """The named scores in the last JSON object of an answer that has any of them, an inner object where no outermost
+    one has; one that is missing or off its scale is left out. The main one is the score."""
+    names, objects = {folded(name) for name in prompt.attributes}, json_objects(answer)
+    outer, inner = ([each for each in some if names & each.keys()] for some in (objects, inner_objects(objects)))
+    written = [{}, *inner, *outer][-1]
     read = {name: number_of(written.get(folded(name)), scale) for name, scale in prompt.attributes.items()}
     attributes = {name: value for name, value in read.items() if value is not None}
     score = attributes.get(prompt.main or next(iter(prompt.attributes)))
@@ -89,6 +91,18 @@ def json_objects(answer: str) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             end = at + 1
         at = answer.find("{", end)
+    return found
+
+
+def inner_objects(values: Sequence[Any]) -> list[dict[str, Any]]:
+    """All JSON objects in these values, as written from left to right, keys folded."""
+    found, waiting = [], [*reversed(values)]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            found.append({folded(key): item for key, item in value.items()})
+        inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        waiting += reversed(inside)
     return found
 
 

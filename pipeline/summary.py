@@ -135,15 +135,19 @@ def duration(hours: float) -> str:
 
 def tell_probe(result: Values) -> str:
     """What each kind of line did to each rater's scores."""
-    lines = []
-    for rater in result["raters"]:
-        lines.append(f"{rater['prompt']}, {rater['teacher']}: share of documents whose int_score changed; went up")
-        lines += [
-            f"  {name:18} {percent(found['flip_rate']):>5} {percent(found['raised_rate']):>5},"
-            f" shift {figure(found['mean_shift'])} on average, {figure(found['worst_shift'])} at worst"
-            for name, found in rater["attacks"].items()
-        ]
-    return "\n".join(lines)
+    return "\n".join(line for rater in result["raters"] for line in tell_attacks(rater))
+
+
+def tell_attacks(rater: Values) -> list[str]:
+    """A line for each attack on one rater."""
+    lines = [f"prompt {rater['prompt']}: int_score changed, went up; mean and worst shift of the score"]
+    for name, found in rater["attacks"].items():
+        rates = f"{percent(found['flip_rate']):>5} {percent(found['raised_rate']):>5}"
+        shifts = (
+            f"{figure(found['mean_shift'])} {figure(found['worst_shift'])}" if found["n"] else "never read to its end"
+        )
+        lines.append(f"  {name:18} {rates}  {shifts}")
+    return lines
 
 
 def percent(share: float | None) -> str:

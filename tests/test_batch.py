@@ -1,5 +1,6 @@
 """Asking by file: requests are written, something outside runs them, and what it gives back is read."""
 
+import gzip
 import json
 import math
 import urllib.error
@@ -26,7 +27,7 @@ from endpoint import (
     serve,
 )
 
-from pipeline import rate
+from pipeline import label, prompts, rate, teacher
 from pipeline.config import Recipe
 from pipeline.engines import batch
 from pipeline.errors import Pending, UserError
@@ -43,7 +44,12 @@ def asking(folder: Path, **options: Any) -> Recipe:
 
 def requests(folder: Path) -> list[Line]:
     """Every request written, in the order of the files."""
-    return [line for path in sorted((folder / "batch").glob("requests-*.jsonl")) for line in read(path)]
+    return [line for path in files(folder) for line in read(path)]
+
+
+def files(folder: Path) -> list[Path]:
+    """Every request file, in order."""
+    return sorted((folder / "batch").glob("requests-*.jsonl"))
 
 
 def read(path: Path) -> list[Line]:
@@ -96,9 +102,9 @@ def answered(folder: Path, script: Callable[[Asked], Reply], name: str = "answer
 def test_requests_go_out_by_file_and_answers_come_back_by_file(tmp_path: Path) -> None:
     r = asking(tmp_path, n=12)
     said = pending(r)
-    assert "12 requests wait in " in said
-    assert "requests-0001.jsonl" in said
-    assert "vllm run-batch -i" in said
+    (path,) = files(tmp_path)
+    assert f"12 requests wait in {path.parent}: {path.name};" in said
+    assert f"vllm run-batch -i {path} -o" in said
     assert not (tmp_path / "run" / "rate" / "result.json").exists()
     answered(tmp_path, score_of)
     result = rate.run(r)
@@ -125,12 +131,15 @@ def test_a_request_in_a_file_is_the_request_that_would_be_sent(tmp_path: Path) -
         assert {line["url"] for line in lines.values()} == {asked.path for asked in server.asked}
         assert {line["method"] for line in lines.values()} == {"POST"}
         assert {line["body"]["model"] for line in lines.values()} == {"m"}
+        for path in files(tmp_path):
+            path.unlink()
 
 
 def test_the_same_open_questions_give_the_same_bytes(tmp_path: Path) -> None:
     r = asking(tmp_path, n=9)
-    path = tmp_path / "batch" / "requests-0001.jsonl"
-    first_said, first = pending(r), path.read_bytes()
+    first_said = pending(r)
+    (path,) = files(tmp_path)
+    first = path.read_bytes()
     assert (pending(r), path.read_bytes()) == (first_said, first)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
@@ -140,7 +149,7 @@ def test_the_order_of_questions_makes_no_difference(tmp_path: Path) -> None:
     for order in (texts, texts[::-1]):
         with pytest.raises(Pending):
             answers(asking(tmp_path), order)
-        written.append((tmp_path / "batch" / "requests-0001.jsonl").read_bytes())
+        written.append([path.read_bytes() for path in files(tmp_path)])
     assert written[0] == written[1]
 
 
@@ -200,28 +209,29 @@ def test_recorded_answers_need_no_file_any_more(tmp_path: Path) -> None:
 def test_files_are_split_and_files_of_an_earlier_time_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "MOST_LINES", 4)
     r = asking(tmp_path, n=10)
-    assert "10 requests wait in " + str(tmp_path / "batch" / "requests-0001.jsonl") + " and 2 more files" in pending(r)
-    files = sorted((tmp_path / "batch").iterdir())
-    assert [path.name for path in files] == [f"requests-000{i}.jsonl" for i in (1, 2, 3)]
-    assert [len(read(path)) for path in files] == [4, 4, 2]
+    said, written = pending(r), files(tmp_path)
+    assert f"10 requests wait in {tmp_path / 'batch'}: {', '.join(path.name for path in written)};" in said
+    assert [path.stem[-5:] for path in written] == ["-0001", "-0002", "-0003"]
+    assert [len(read(path)) for path in written] == [4, 4, 2]
+    assert sorted((tmp_path / "batch").iterdir()) == written
     with serve(score_of) as server:
         put(tmp_path, "a.jsonl", run_batch(server, requests(tmp_path)[:7]))
     assert "3 requests wait" in pending(r)
-    assert sorted(path.name for path in (tmp_path / "batch").iterdir()) == ["a.jsonl", "requests-0001.jsonl"]
+    assert sorted((tmp_path / "batch").iterdir()) == [tmp_path / "batch" / "a.jsonl", written[0]]
 
 
 def test_no_file_is_larger_than_a_service_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pending(asking(tmp_path, n=10))
-    longest = max(len(line) for line in (tmp_path / "batch" / "requests-0001.jsonl").read_bytes().splitlines()) + 1
+    longest = max(len(line) for line in files(tmp_path)[0].read_bytes().splitlines()) + 1
     monkeypatch.setattr(batch, "MOST_BYTES", 3 * longest)
     pending(asking(tmp_path, n=10))
-    sizes = [path.stat().st_size for path in (tmp_path / "batch").glob("requests-*.jsonl")]
+    sizes = [path.stat().st_size for path in files(tmp_path)]
     assert len(sizes) in (4, 3)
     assert max(sizes) <= 3 * longest
     assert len(requests(tmp_path)) == 10
     monkeypatch.setattr(batch, "MOST_BYTES", 1)
     pending(asking(tmp_path, n=10))
-    assert len(list((tmp_path / "batch").glob("requests-*.jsonl"))) == 10, "a request that is too large goes alone"
+    assert len(files(tmp_path)) == 10, "a request that is too large goes alone"
 
 
 def test_every_answer_there_is_recorded_even_past_the_budget_and_nothing_more_is_asked(tmp_path: Path) -> None:
@@ -234,6 +244,75 @@ def test_every_answer_there_is_recorded_even_past_the_budget_and_nothing_more_is
     found = answers(r, texts, lambda *_: False)
     assert len(found) == len(texts) - 20
     assert requests(tmp_path) == []
+
+
+def test_no_request_is_written_when_the_budget_ends_after_questions_that_wait(tmp_path: Path) -> None:
+    texts = [f"doc-{i}" for i in range(batch.AT_ONCE + 1)]
+    r = asking(tmp_path)
+    with pytest.raises(Pending):
+        answers(r, texts)
+    last = teacher.questions(prompts.load(tmp_path / "prompt.md"), r.teacher, texts)[-1]
+    with serve(score_of) as server:
+        put(tmp_path, "a.jsonl", run_batch(server, [x for x in requests(tmp_path) if x["custom_id"] == last.key]))
+    assert answers(r, texts, lambda *_: False).keys() == {last.text}
+    assert requests(tmp_path) == []
+
+
+# -- one folder for several
+
+
+def labelling(r: Recipe) -> Recipe:
+    """The same documents, to be labelled by the same teacher."""
+    path = Path(str(r.corpus.path)).parent / "labels.md"
+    front = {"read": "label", "labels": ["Law", "Food"]}
+    path.write_text(
+        f"---\n{json.dumps(front)}\n---\nPick one of:\n{{{{ labels }}}}\n\n{{{{ text }}}}\n", encoding="utf-8"
+    )
+    return Recipe.model_validate({**r.model_dump(exclude_unset=True), "label": {"prompt": path, "sample": 3}})
+
+
+def test_two_stages_share_a_folder_and_neither_takes_the_others_requests(tmp_path: Path) -> None:
+    r = asking(tmp_path, n=5)
+    pending(r)
+    (rating,) = files(tmp_path)
+    before = rating.read_bytes()
+    with pytest.raises(Pending, match="3 requests wait") as stopped:
+        label.run(labelling(r))
+    assert rating.read_bytes() == before
+    first, second = files(tmp_path)
+    assert (first, [len(read(path)) for path in (first, second)]) == (rating, [5, 3])
+    assert second.name in str(stopped.value)
+    assert first.name not in str(stopped.value)
+    labels_before = second.read_bytes()
+    pending(r)
+    assert second.read_bytes() == labels_before
+    answered(tmp_path, lambda asked: says("Law") if "Pick one of" in asked.shown else score_of(asked))
+    assert rate.run(r).n_scored == 5
+    assert files(tmp_path) == [second], "the requests that are done are gone, the others' are not"
+    assert label.run(labelling(r)).n_labelled == 3
+    assert files(tmp_path) == []
+
+
+def test_a_file_that_is_not_written_here_is_never_overwritten(tmp_path: Path) -> None:
+    pending(asking(tmp_path, n=5))
+    (path,) = files(tmp_path)
+    ours = path.read_bytes()
+    path.write_bytes(b"mine\n" + ours)
+    assert path.name not in pending(asking(tmp_path, n=5))
+    assert path.read_bytes() == b"mine\n" + ours
+    assert [each.read_bytes() for each in files(tmp_path)[1:]] == [ours]
+
+
+def test_a_file_holds_one_model_and_one_url(tmp_path: Path) -> None:
+    second = tmp_path / "plain.md"
+    second.write_text("---\nread: generate\nchat: false\n---\n{{ text }}\n\nScore: 0 to 5\n", encoding="utf-8")
+    said = pending(asking(tmp_path, n=4, rate={"more_prompts": [str(second)]}))
+    pending(asking(tmp_path, n=4, model="other"))
+    held = [{(line["url"], line["body"]["model"]) for line in read(path)} for path in files(tmp_path)]
+    chat, plain = "/v1/chat/completions", "/v1/completions"
+    assert sorted(map(sorted, held)) == [[(chat, "m")], [(chat, "other")], [(plain, "m")]]
+    of_m = [path.name for path in files(tmp_path) if read(path)[0]["body"]["model"] == "m"]
+    assert f"8 requests wait in {tmp_path / 'batch'}: {', '.join(of_m)};" in said
 
 
 # -- what may lie in the folder
@@ -352,7 +431,12 @@ def test_answers_to_another_prompt_are_not_taken_for_answers_to_this_one(tmp_pat
     pending(r)
     answered(tmp_path, score_of)
     other = asking(tmp_path, n=5, prompt={"body": "Another question.\n\n{{ text }}\n"})
-    assert "5 requests wait" in pending(other)
+    (first,) = files(tmp_path)
+    before = first.read_bytes()
+    said = pending(other)
+    assert "5 requests wait" in said
+    assert first.name not in said
+    assert first.read_bytes() == before, "who wrote it may still want its answers"
 
 
 def test_a_folder_in_which_nothing_is_an_answer_is_refused(tmp_path: Path) -> None:
@@ -365,8 +449,55 @@ def test_a_folder_in_which_nothing_is_an_answer_is_refused(tmp_path: Path) -> No
 
 def test_a_batch_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "batch").write_text("a file")
-    with pytest.raises(UserError, match=r"cannot write .*requests-0001\.jsonl"):
+    with pytest.raises(UserError, match=r"cannot write .*requests-[0-9a-f]{8}-0001\.jsonl"):
         rate.run(asking(tmp_path, n=3))
+
+
+def test_a_folder_with_the_name_of_a_file_is_passed_over(tmp_path: Path) -> None:
+    r = asking(tmp_path, n=4)
+    (tmp_path / "batch" / "x.jsonl").mkdir(parents=True)
+    assert "4 requests wait" in pending(r)
+    (path,) = files(tmp_path)
+    path.unlink()
+    path.mkdir()
+    assert path.name not in pending(r)
+    assert [len(read(each)) for each in files(tmp_path)[1:]] == [4]
+
+
+def test_a_line_nested_too_deep_is_no_json(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "gristmill")
+    r = asking(tmp_path, n=4)
+    pending(r)
+    answered(tmp_path, score_of)
+    (tmp_path / "batch" / "deep.jsonl").write_text("[" * 100_000 + "\n" + '{"response":' * 100_000 + "\n")
+    assert rate.run(r).n_scored == 4
+    assert any("deep.jsonl: 2 half-written or no JSON" in each for each in caplog.messages)
+
+
+def test_packed_answers_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "gristmill")
+    r = asking(tmp_path, n=4)
+    pending(r)
+    answered(tmp_path, score_of)
+    path = tmp_path / "batch" / "answers-0001.jsonl"
+    packed = path.with_name("answers-0001.jsonl.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    with pytest.raises(UserError, match=r"answers-0001\.jsonl\.gz: 1 file to be unpacked first") as refused:
+        rate.run(r)
+    assert not isinstance(refused.value, Pending)
+    packed.rename(path)
+    with pytest.raises(UserError, match=r"answers-0001\.jsonl: \d+ half-written or no JSON"):
+        rate.run(r)
+
+
+@pytest.mark.parametrize("response", ["text", 5, [], {"status_code": [200]}, {"status_code": {}, "body": []}])
+def test_an_odd_response_is_asked_again(tmp_path: Path, response: Any) -> None:
+    r = asking(tmp_path, n=3)
+    pending(r)
+    lines = answered(tmp_path, score_of)
+    put(tmp_path, "answers-0001.jsonl", [*lines[1:], {**lines[0], "response": response}])
+    assert "1 requests wait" in pending(r)
 
 
 # -- the command

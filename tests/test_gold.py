@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from endpoint import corpus, number, recipe, says, serve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import gold, metrics
+from pipeline import gold, metrics, rate
 from pipeline.corpus import text_id
 from pipeline.errors import UserError
 from pipeline.gold import GoldDocument, between_raters, defused, undefused
@@ -198,6 +200,28 @@ def test_a_text_that_stands_under_two_ids_is_rated_once():
     assert gold.documents(known, []) == [Document("x", "same", 3.0)]
 
 
+def test_an_id_of_the_corpus_over_another_text_is_no_document_of_the_corpus(caplog: pytest.LogCaptureFixture):
+    known = [
+        GoldDocument("a", "Something else.", {"human": 4.0}),
+        GoldDocument("b", "b, and more than the corpus has", {"human": 1.0}),
+    ]
+    assert gold.documents(known, SAMPLED) == [
+        Document("a", "Something else.", 4.0),
+        Document("b", "b, and more than the corpus has", 1.0),
+    ]
+    assert [record.getMessage() for record in caplog.records] == [
+        "rate.gold: 2 rows, such as id a, hold another text than the corpus under that id; theirs is rated"
+    ]
+
+
+@pytest.mark.parametrize("seen", [None, "", " \n", "whole text of a", "whole\r\ntext  of", " whole te", "wholetext"])
+def test_no_text_or_its_beginning_in_any_spacing_is_that_of_the_corpus(
+    caplog: pytest.LogCaptureFixture, seen: str | None
+):
+    assert gold.documents([GoldDocument("a", seen, {"human": 2.0})], SAMPLED) == [SAMPLED[0]._replace(gold=2.0)]
+    assert not caplog.records
+
+
 # -- formulas ---------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +272,69 @@ def test_a_single_human_has_no_ceiling_and_constant_humans_none_that_is_defined(
     assert between_raters(rated([0, 1, 5]), (0, 5)) is None
     found = between_raters(rated([3, 3, 3], [3, 3, 3]), (0, 5)) or {}
     assert found["kappa"] is None and found["spearman"] is None
+
+
+def test_humans_off_the_scale_are_ranked_but_never_clipped_onto_it(caplog: pytest.LogCaptureFixture):
+    people = rated([0, 20, 40, 100], [20, 20, 60, 80])
+    assert gold.shared_scale(people, (0, 5)) is None
+    assert caplog.messages == [
+        "rate.gold: human scores go from 0 to 100, the prompt's scale from 0 to 5; kappa is left out"
+    ]
+    found = between_raters(people, None) or {}
+    assert found == {"n": 4, "n_raters": 2, "spearman": pytest.approx(0.9486833)}
+    truth, scores = np.array([0.0, 20, 40, 100]), np.array([1.0, np.nan, 3.0, 5.0])
+    compared = rate.compared(scores, truth, False, None)
+    assert set(compared) == {"n", "spearman", "spearman_interval"} and compared["n"] == 3
+
+
+def test_one_human_below_the_scale_is_off_it_and_its_ends_are_on_it(caplog: pytest.LogCaptureFixture):
+    assert gold.shared_scale(rated([1, 5], [3, None]), (1, 5)) == (1, 5)
+    assert not caplog.records
+    assert gold.shared_scale(rated([1, 5], [3, 0]), (1, 5)) is None, "the mean of 5 and 0 is no excuse"
+
+
+@pytest.mark.parametrize("graded", ["id-4", "lost"])
+def test_graded_humans_are_not_true_or_false_because_only_zeros_and_ones_could_be_compared(
+    tmp_path: Path, graded: str
+):
+    """The graded document has no score from the teacher, or is not in the sample at all."""
+    grades = {"id-0": 0, "id-1": 1, "id-2": 0, "id-3": 1, graded: 4}
+    with serve(lambda a: says("no idea" if number(a) >= 4 else f"Score: {number(a) % 2}")) as server:
+        corpus(tmp_path, 6)
+        rows = "".join(f"{name},{grade}\n" for name, grade in grades.items())
+        path = csv_file(tmp_path, "id,human_score\n" + rows)
+        human = rate.run(recipe(tmp_path, server.url, n=6, rate={"gold": path})).human or {}
+    assert human["n"] == 4
+    assert human["spearman"] == pytest.approx(1) and "auc" not in human
+
+
+def test_people_and_teacher_have_no_kappa_where_the_prompt_has_another_scale(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    with serve(lambda a: says(f"Score: {number(a) % 6}")) as server:
+        corpus(tmp_path, 6)
+        rows = "".join(f"id-{i},{i * 20},{i * 20}\n" for i in range(6))
+        path = csv_file(tmp_path, "id,human_a,human_b\n" + rows)
+        human = (
+            rate.run(recipe(tmp_path, server.url, n=6, rate={"gold": path, "more_teachers": [{"model": "n"}]})).human
+            or {}
+        )
+    for found in (human, human["between_people"], *human["raters"]):
+        assert found["n"] == 6 and found["spearman"] == pytest.approx(1)
+        assert not {"kappa", "kappa_interval", "mean_difference"} & set(found)
+    assert len(human["raters"]) == 2
+    assert sum("kappa is left out" in message for message in caplog.messages) == 1
+
+
+def test_an_id_shared_by_two_texts_gives_the_human_score_to_the_text_that_people_saw(tmp_path: Path):
+    with serve(lambda a: says("Score: 5" if "Another text" in a.shown else "Score: 0")) as server:
+        corpus(tmp_path, 6)
+        path = csv_file(tmp_path, "id,text,human_score\nid-1,Another text.,5\nid-2,,0\n")
+        r = recipe(tmp_path, server.url, n=6, rate={"gold": path})
+        rate.run(r)
+    rows = {row["id"]: row for row in pq.read_table(r.run_folder / "rate" / "gold.parquet").to_pylist()}
+    assert (rows["id-1"]["text"], rows["id-1"]["score"], rows["id-1"]["gold"]) == ("Another text.", 5, 5)
+    assert (rows["id-2"]["score"], rows["id-2"]["gold"]) == (0, 0)
 
 
 def test_the_ceiling_of_a_read_file_is_that_of_its_columns(tmp_path: Path):

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
+from pipeline.probe import best_answer
 from pipeline.prompts import Choice, Line, Prompt, load, mark_pattern
-from pipeline.reading import log_sum_exp, read_choices, read_text
+from pipeline.reading import log_sum_exp, read_choices, read_json, read_text
 
 SHIPPED = sorted((Path(__file__).parent.parent / "prompts").glob("*.md"))
 
@@ -104,6 +105,36 @@ ERRORS = [
         "{{ text }}",
         "raw probabilities can fall to 0, below the scale's 1",
     ),
+    ("read: json\nattributes: {a: [5, 0]}", "{{ text }}", "scale [5.0, 0.0] must rise"),
+    ("read: json\nattributes: {a: [0, 5], b: [5, 0]}", "{{ text }}", "attribute b: scale [5.0, 0.0] must rise"),
+    ("read: json\nattributes: {a: [0, 5], b: [0, 1000]}", "{{ text }}", "attribute b: scale [0.0, 1000.0] needs a w"),
+    ("read: json\nattributes: {a: [0, 5], b: [0.1, 0.9]}", "{{ text }}", "attribute b: scale [0.1, 0.9] needs a who"),
+    (
+        "read: json\nscale: [0, 5]\nmain: b\nattributes: {a: [0, 5], b: [0, 10]}",
+        "{{ text }}",
+        "scale [0.0, 5.0] is not that of b, [0.0, 10.0]; leave it out",
+    ),
+    ("read: json\nattributes: {a_1: [0, 5], a1: [0, 5]}", "{{ text }}", "'a1' cannot be told from 'a_1'; rename one"),
+    ("read: json\nrationale: Why\nattributes: {why: [0, 5]}", "{{ text }}", "'why' cannot be told from 'Why'"),
+    ("read: json\nmain: [a]\nattributes: {a: [0, 5]}", "{{ text }}", "main: ['a'] is no text; put it in quotes"),
+    ("read: json\nmain: {a: 1}\nattributes: {a: [0, 5]}", "{{ text }}", "main: {'a': 1} is no text"),
+    ("read: json\nmain: b\nattributes: {a: [0, 5]}", "{{ text }}", "main: 'b' is none of the attributes a"),
+    ("read: json\nattributes: [a]", "{{ text }}", "attributes: Input should be a valid dictionary, got ['a']"),
+    ("read: json\nattributes: {a: 5}", "{{ text }}", "attributes.a: Input should be a valid tuple, got 5"),
+    ("read: json\nattributes: {a: [x, 5]}", "{{ text }}", "attributes.a.0: Input should be a valid number"),
+    ("read: json\nattributes: {a: [0]}", "{{ text }}", "attributes.a.1: Field required"),
+    ("read: json\nattributes: {1: [0, 5]}", "{{ text }}", "1 is no text; put it in quotes"),
+    ("read: generate\nname: 5", "{{ text }}", "name: 5 is no text; put it in quotes"),
+    ("read: [generate]", "{{ text }}", "read: Input should be 'generate', 'choices', 'json' or 'label', got ['genera"),
+    ("read: generate\n1: 2", "{{ text }}", "1: "),
+    ("read: generate\nname: 2020-13-45", "{{ text }}", "the front matter is not YAML: month must be in 1..12"),
+    (f"read: {'[' * 9000}", "{{ text }}", "the front matter is not YAML"),
+    ("read: generate\nattributes: {a: [0, 5]}", "{{ text }}", "attributes: read: generate ignores it; take it out, o"),
+    ("read: generate\nmain: a", "{{ text }}", "main: read: generate ignores it; take it out, or set read: json"),
+    ("read: generate\nrationale: why", "{{ text }}", "rationale: read: generate ignores it; take it out, or set rea"),
+    ("read: generate\nregex: '(('", "{{ text }}", "regex '((' is no regular expression (missing )"),
+    ("read: generate\nregex: 'a{99999999999999999999}'", "{{ text }}", "is no regular expression"),
+    ("read: label\nlabels: [a]\nregex: a", "{{ text }} {{ labels }}", "regex: read: label ignores it; take it out, o"),
     ("read: label", "{{ text }} {{ labels }}", "read: label needs labels"),
     ("read: label\nlabels: [a, b]", "{{ text }}", "{{ labels }} exactly once"),
 ]
@@ -204,6 +235,82 @@ def test_fencing_a_megabyte_takes_no_quadratic_time(mark, filler):
     begin = time.perf_counter()
     mark_pattern(mark).sub("", filler * (1_000_000 // len(filler)))
     assert time.perf_counter() - begin < 2
+
+
+# -- named scores
+
+
+def scoring(**attributes: list[float]) -> Prompt:
+    """A prompt that reads named scores."""
+    return asking(read="json", attributes=attributes)
+
+
+def test_the_score_has_the_scale_of_the_main_attribute():
+    scales = {"clarity": [0, 5], "value": [1, 10]}
+    assert scoring(**scales).scale == (0, 5)
+    assert asking(read="json", attributes=scales, main="value").scale == (1, 10)
+    assert asking(read="json", attributes=scales, main="value", scale=[1, 10]).scale == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("answer", "attributes"),
+    [
+        ('{"scores": {"clarity": 3, "value": 4}}', {"clarity": 3, "value": 4}),
+        ('{"reason": "fine", "result": [{"Clarity": "3/5"}]}', {"clarity": 3}),
+        ('{"draft": {"clarity": 1}, "final": {"clarity": 2, "value": 0}}', {"clarity": 2, "value": 0}),
+        ('{"clarity": 5, "example": {"clarity": 1}}', {"clarity": 5}),
+        ('{"clarity": 5} {"example": {"clarity": 1}}', {"clarity": 5}),
+        ('{"clarity": {"score": 3}}', {}),
+        ('{"other": {"grade": 3}}', {}),
+        ("[[{}]]", {}),
+    ],
+)
+def test_named_scores_are_read_from_inner_objects_where_no_outer_one_has_any(answer, attributes):
+    reading = read_json(scoring(clarity=[0, 5], value=[0, 5]), answer, finished=True)
+    assert reading.attributes == attributes
+    assert reading.score == attributes.get("clarity")
+    assert (reading.score is None) == (reading.reason == "no_score")
+
+
+def test_an_answer_of_deeply_nested_objects_is_read():
+    answer = '{"a": ' * 900 + '{"clarity": 3}' + "}" * 900
+    assert read_json(scoring(clarity=[0, 5]), answer, finished=True).score == 3
+
+
+# -- the best answer
+
+
+PATTERNS = [
+    (r"\[\[{number}\]\]", "[[5]]"),
+    (r"<score>\s*{number}", "<score> 5"),
+    (r"(?:grade|nota)\W{0,3}{number}", "Grade:5"),
+    (r"(?P<what>(?:final )?score|mark)\s*[:=]\s*\(?{number}\)?", "Final score : (5)"),
+    (r"^\s*{number}\s*$", "5"),
+    (r"no score|score:? ?{number}", "Score: 5"),
+    (r"(?:none|(?:mark|grade): {number})\.", "Mark: 5."),
+]
+
+
+@pytest.mark.parametrize(("pattern", "answer"), PATTERNS)
+def test_the_best_answer_is_written_as_the_pattern_reads_it(pattern, answer):
+    prompt = asking(pattern=pattern)
+    assert best_answer(prompt) == answer
+    assert read_text(prompt, answer, finished=True).score == 5
+
+
+def test_a_pattern_too_odd_for_a_best_answer_has_an_attempt_at_one():
+    prompt = asking(pattern=r"(?<=verdict )\d{3}{number}", scale=(0, 4.5))
+    assert best_answer(prompt) == "4.5"
+    assert read_text(prompt, "4.5", finished=True).score is None
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SHIPPED if load(path).read in ("generate", "json")], ids=lambda path: path.stem
+)
+def test_the_best_answer_to_a_shipped_prompt_reads_back_as_the_highest_score(path):
+    prompt = load(path)
+    read = {"generate": read_text, "json": read_json}[prompt.read]
+    assert read(prompt, best_answer(prompt), True).score == prompt.scale[1]
 
 
 # -- reading a written answer

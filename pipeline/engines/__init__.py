@@ -8,7 +8,7 @@ from pipeline.teacher import Ask
 
 
 def engine(teacher: Teacher) -> AbstractContextManager[Ask]:
-    """The engine by its name; its libraries are imported now, its model is loaded when it is entered."""
+    """The engine by its name, its URL and key looked at; a model is loaded when it is entered."""
     required(teacher.model, "teacher.model", "Qwen/Qwen3-8B")
     if "@" in (teacher.base_url or ""):
         raise UserError("teacher.base_url: a URL must not hold a password; put the key in the environment")
@@ -21,6 +21,7 @@ def engine(teacher: Teacher) -> AbstractContextManager[Ask]:
     if teacher.engine == "openai":
         from pipeline.engines import openai
 
+        openai.check(teacher)
         return openai.started(teacher)
     if teacher.engine == "vllm":
         from pipeline.engines import vllm

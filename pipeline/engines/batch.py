@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from pipeline.config import Teacher
-from pipeline.engines.completions import NoAnswer, Server, Words, dig
+from pipeline.config import Teacher, digest
+from pipeline.engines.completions import CHAT, TEXT, NoAnswer, Server, Words, dig, parse
 from pipeline.errors import Pending, UserError, required
 from pipeline.prompts import Prompt
 from pipeline.storage import atomic
@@ -28,12 +28,15 @@ MOST_BYTES = 190_000_000
 AT_ONCE = 200
 """Answers that are recorded together."""
 
-OURS = re.compile(r"requests-\d{4,}\.jsonl")
+OURS = re.compile(r"requests-[0-9a-f]{8}-\d{4,}\.jsonl")
 """Files that are written here; all other *.jsonl in the folder are answers."""
+PACKED = {".gz", ".zst"}
+FIRST = re.compile(rb'\{"custom_id": "([0-9a-f:]+)"')
+"""How a line that is written here begins."""
 KEY = re.compile(r"[0-9a-f]{8,}:[0-9a-f]{8,}")
 """How a question's key looks."""
 
-ABOUT_THE_DOCUMENT = {400, 413, 422}
+ABOUT_THE_DOCUMENT = (400, 413, 422)
 """Statuses that will not pass: the question counts as failed, and the stage can end without it."""
 
 
@@ -57,6 +60,16 @@ class Asked(NamedTuple):
     wording: Words
     questions: list[Question]
 
+    @property
+    def url(self) -> str:
+        """Where the requests go on the endpoint."""
+        return "/v1" + (CHAT if self.wording.prompt.chat else TEXT)
+
+    @property
+    def mark(self) -> str:
+        """Names the files: a batch service takes one model and one URL in a file."""
+        return digest([self.wording.settings.model, self.url])[:8]
+
 
 @contextmanager
 def started(teacher: Teacher) -> Iterator[Ask]:
@@ -77,12 +90,13 @@ class Batch:
         self.known: set[str] = set()
         self.failed: list[Refused] = []
         self.n_answered = self.n_waiting = 0
+        self.may_ask = True
 
     def ask(
         self, prompt: Prompt, teacher: Teacher, questions: list[Question], answered: set[str], record: Record
     ) -> None:
         """Record the answers that are there, and keep the other questions; every answer that is there is paid for."""
-        wording, may_ask = Words(prompt, teacher, Server()), True
+        wording = Words(prompt, teacher, Server())
         still_open: list[Question] = []
         fresh = {question.key: question for question in questions if question.key not in self.known}
         self.known |= fresh.keys()
@@ -90,12 +104,11 @@ class Batch:
         while some := list(islice(remaining, AT_ONCE)):
             found = {question.key: self.find(question, wording) for question in some}
             answers = [(key, answer) for key, answer in found.items() if answer is not None]
-            may_ask = (not answers or record(answers)) and may_ask
+            self.may_ask = (not answers or record(answers)) and self.may_ask
             self.n_answered += sum(answer.finish != "failed" for _, answer in answers)
-            self.n_waiting += sum(answer is None for answer in found.values()) if may_ask else 0
+            self.n_waiting += len(some) - len(answers)
             still_open += [each for each in some if (found[each.key] or Answer("failed")).finish == "failed"]
-        if may_ask:
-            self.open.append(Asked(wording, sorted(still_open)))
+        self.open.append(Asked(wording, sorted(still_open)))
 
     def find(self, question: Question, wording: Words) -> Answer | None:
         """The answer to one question; a failed one if the document was refused as such, None if there is none yet."""
@@ -110,19 +123,33 @@ class Batch:
     # -- what is left
 
     def leave(self, teacher: Teacher) -> None:
-        """Write what is open, and say what to do with it; refused questions are written too, but not waited for."""
-        files = write(self.folder, (line for asked in self.open for line in lines(asked)))
-        sweep(self.folder, files)
+        """Write what is open, and say what to do with it; refused questions are written too, but not waited for.
+        Nothing is, if the budget allows no more."""
+        files = [path for mark in sorted({asked.mark for asked in self.open}) for path in self.write(mark)]
         self.tell()
-        if not self.n_waiting:
+        if not self.n_waiting or not self.may_ask:
             return
-        n, first = sum(len(asked.questions) for asked in self.open), files[0]
-        more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+        n, names = sum(len(asked.questions) for asked in self.open), ", ".join(path.name for path in files)
+        output = self.folder / files[0].name.replace("requests", "answers")
         raise Pending(
-            f"teacher.batch_folder: {n} requests wait in {first}{more}; upload them to the endpoint's batch service,"
-            f" or run vllm run-batch -i {first} -o {self.folder / 'answers-0001.jsonl'} --model {teacher.model}; put"
-            " the output beside them, and run the same command"
+            f"teacher.batch_folder: {n} requests wait in {self.folder}: {names}; upload them to the endpoint's batch"
+            f" service, or run vllm run-batch -i {files[0]} -o {output} --model {teacher.model} and so on; put the"
+            " output beside them, and run the same command"
         )
+
+    def write(self, mark: str) -> list[Path]:
+        """Write the requests to one model and URL in place of those of an earlier time, so that nothing is paid for
+        twice. A file with questions that are not known here is another stage's, and stays."""
+        there = {path: keys_in(path) for path in self.folder.glob(f"requests-{mark}-*.jsonl") if is_ours(path)}
+        others = {path for path, keys in there.items() if not keys <= self.known}
+        if others:
+            log.info("batch: %s left as they are: with questions of others", ", ".join(sorted(p.name for p in others)))
+        asked = [each for each in self.open if each.mark == mark and self.may_ask]
+        free = (path for n in count(1) if (path := self.folder / f"requests-{mark}-{n:04d}.jsonl") not in others)
+        written = write(free, (line for each in asked for line in lines(each)))
+        for path in there.keys() - others - set(written):
+            path.unlink()
+        return written
 
     def tell(self) -> None:
         """What was in the folder; stop if there are files of which nothing can be used."""
@@ -132,7 +159,7 @@ class Batch:
         if self.odd and not self.places:
             raise UserError(
                 f"teacher.batch_folder: nothing in {self.folder} is an answer ({told}); put the output of"
-                " requests-0001.jsonl there, and nothing else that ends in .jsonl"
+                " the requests there, and nothing else that ends in .jsonl"
             )
         if self.places or self.odd:
             log.info("batch: %d answers read%s", self.n_answered, f"; lines without one: {told}" if told else "")
@@ -151,8 +178,10 @@ def index(folder: Path) -> tuple[dict[str, list[Place]], Counter[tuple[str, str]
     """Where each question is answered, and how many lines of each file answer none."""
     places: dict[str, list[Place]] = {}
     odd: Counter[tuple[str, str]] = Counter()
-    for path in sorted(folder.glob("*.jsonl")):
-        if OURS.fullmatch(path.name):
+    for path in sorted(folder.glob("*.jsonl*")):
+        if path.suffix in PACKED:
+            odd[path.name, "file to be unpacked first"] += 1
+        if path.suffix != ".jsonl" or is_ours(path) or not path.is_file():
             continue
         for offset, line in numbered(path):
             key, why = key_of(line)
@@ -161,6 +190,11 @@ def index(folder: Path) -> tuple[dict[str, list[Place]], Counter[tuple[str, str]
             else:
                 places.setdefault(key, []).append(Place(path, offset))
     return places, odd
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file has a name that is given here."""
+    return bool(OURS.fullmatch(path.name))
 
 
 def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -176,8 +210,8 @@ def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
 def key_of(line: bytes) -> tuple[str, str | None]:
     """The key of the question that a line answers, or why it answers none."""
     try:
-        said = json.loads(line)
-    except ValueError:
+        said = parse(line)
+    except NoAnswer:
         return "", "half-written or no JSON"
     key = dig(said, "custom_id")
     if not isinstance(said, dict) or not said.keys() & {"response", "error"}:
@@ -190,7 +224,7 @@ def read_line(place: Place, wording: Words) -> Answer | Refused:
     """What one line says."""
     with place.path.open("rb") as file:
         file.seek(place.offset)
-        said = json.loads(file.readline())
+        said = parse(file.readline())
     status, error = dig(said, "response", "status_code"), error_of(said)
     if dig(error, "code") == "content_filter":
         return Answer("refused")
@@ -224,16 +258,16 @@ def lines(asked: Asked) -> Iterator[bytes]:
     """The requests, a line each."""
     for question in asked.questions:
         request = asked.wording.request(asked.wording.prepare(question.text)[0])
-        line = {"custom_id": question.key, "method": "POST", "url": f"/v1{request.path}", "body": request.body}
+        line = {"custom_id": question.key, "method": "POST", "url": asked.url, "body": request.body}
         yield json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
-def write(folder: Path, requests: Iterator[bytes]) -> list[Path]:
+def write(paths: Iterator[Path], requests: Iterator[bytes]) -> list[Path]:
     """Request files, as many as it takes."""
     written: list[Path] = []
     line = next(requests, None)
     while line is not None:
-        path = folder / f"requests-{len(written) + 1:04d}.jsonl"
+        path = next(paths)
         with atomic(path) as temporary, temporary.open("wb") as file:
             line = fill(file, line, requests)
         written.append(path)
@@ -250,8 +284,9 @@ def fill(file: IO[bytes], line: bytes | None, requests: Iterator[bytes]) -> byte
     return line
 
 
-def sweep(folder: Path, keep: list[Path]) -> None:
-    """Remove request files of an earlier time, so that nothing in them is paid for twice."""
-    for path in folder.glob("requests-*.jsonl"):
-        if OURS.fullmatch(path.name) and path not in keep:
-            path.unlink()
+def keys_in(path: Path) -> set[str]:
+    """The keys of the questions in a request file; what is not written here counts as one that nobody knows."""
+    if not path.is_file():
+        return {""}
+    begins = (FIRST.match(line) for _, line in numbered(path))
+    return {begin[1].decode() if begin else "" for begin in begins}

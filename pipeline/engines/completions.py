@@ -282,10 +282,10 @@ def well_formed(text: str) -> str:
 
 
 def parse(content: bytes) -> Json:
-    """The body of a response."""
+    """The body of a response; JSON nested too deep to be read is none."""
     try:
         return json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise NoAnswer(f"no JSON in the response {content[:80]!r}") from None
 
 

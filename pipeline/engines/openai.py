@@ -73,6 +73,9 @@ class Endpoint:
         self.n_answered = self.n_failed_in_a_row = 0
         self.failures: Counter[str] = Counter()
         self.n_empty = 0
+        self.arrived: list[tuple[str, Answer]] = []
+        self.sending: set[Any] = set()
+        self.is_stopping = False
 
     async def ask_all(self, questions: list[Question]) -> None:
         """Keep `concurrency` requests in flight until every question is answered or has failed."""
@@ -80,14 +83,27 @@ class Endpoint:
         async with self.client() as client:
             workers = [asyncio.create_task(self.work(client, queue)) for _ in range(n_workers)]
             try:
-                await asyncio.gather(*workers)
+                await self.finish(workers)
             finally:
                 deque(queue, maxlen=0)  # before Python 3.12 an answer that arrives with a cancellation swallows it
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
+                self.keep()
         if self.failures:
             log.info("teacher: failed requests: %s", ", ".join(f"{why} {n}" for why, n in self.failures.items()))
+
+    async def finish(self, workers: list[asyncio.Task[None]]) -> None:
+        """Wait for all. An error that stops the run lets the requests in flight arrive first, for they are paid for;
+        who only waits to send again is let go."""
+        ended, at_work = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+        for worker in at_work - self.sending:
+            worker.cancel()
+        if at_work:
+            log.info("teacher: stopping; %d requests in flight are waited for", len(at_work & self.sending))
+            await asyncio.wait(at_work)
+        for worker in ended:
+            worker.result()
 
     def client(self) -> Any:
         """A client that sends each request once; how long one may take is seen to in `send`."""
@@ -95,14 +111,30 @@ class Endpoint:
         return self.openai.AsyncOpenAI(api_key=self.key or "none", base_url=self.url, timeout=timeout, max_retries=0)
 
     async def work(self, client: Any, queue: Iterator[Question]) -> None:
-        """Ask one question after another."""
-        for question in queue:
-            begin = time.perf_counter()
-            document, was_truncated = self.wording.prepare(question.text)
-            answer = await self.answer(client, document)
-            seconds = time.perf_counter() - begin
-            if not self.record([(question.key, replace(answer, seconds=seconds, was_truncated=was_truncated))]):
-                deque(queue, maxlen=0)
+        """Ask one question after another; an error leaves none to the others."""
+        try:
+            for question in queue:
+                answer = await self.timed(client, question.text)
+                self.arrived.append((question.key, answer))
+                await asyncio.sleep(0)
+                if not self.keep():
+                    deque(queue, maxlen=0)
+        except Exception:
+            self.is_stopping = True
+            deque(queue, maxlen=0)
+            raise
+
+    def keep(self) -> bool:
+        """Record what has arrived, together: each recording waits for the disk."""
+        arrived, self.arrived = self.arrived, []
+        return not arrived or self.record(arrived)
+
+    async def timed(self, client: Any, text: str) -> Answer:
+        """The answer about one document, and how long it took."""
+        begin = time.perf_counter()
+        document, was_truncated = self.wording.prepare(text)
+        answer = await self.answer(client, document)
+        return replace(answer, seconds=time.perf_counter() - begin, was_truncated=was_truncated)
 
     # -- retries
 
@@ -135,10 +167,10 @@ class Endpoint:
         if isinstance(error, self.openai.APIStatusError):
             self.note(error, str(error.status_code))
             passing = error.status_code in PASSING or error.status_code >= 500
-            return passing and (retry_after(error.response.headers) or True)
+            return passing and not self.is_stopping and (retry_after(error.response.headers) or True)
         if isinstance(error, (self.openai.APIConnectionError, NoAnswer)):
             self.note(error, type(error).__name__)
-            return True
+            return not self.is_stopping
         return False
 
     def note(self, error: Exception, kind: str) -> None:
@@ -208,12 +240,23 @@ class Endpoint:
             (client.chat.completions, "messages") if request.path == CHAT else (client.completions, "prompt")
         )
         question = {name: options.pop(name) for name in ("model", asked)}
-        sent = endpoint.with_raw_response.create(**question, extra_body=options)
-        try:
-            response = await asyncio.wait_for(sent, self.settings.timeout_s)
-        except asyncio.TimeoutError:
-            raise NoAnswer(f"no answer within {self.settings.timeout_s:g} s") from None
+        with self.in_flight():
+            sent = endpoint.with_raw_response.create(**question, extra_body=options)
+            try:
+                response = await asyncio.wait_for(sent, self.settings.timeout_s)
+            except asyncio.TimeoutError:
+                raise NoAnswer(f"no answer within {self.settings.timeout_s:g} s") from None
         return parse(response.content)
+
+    @contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """The worker has sent a request, and not only means to."""
+        worker = asyncio.current_task()
+        self.sending.add(worker)
+        try:
+            yield
+        finally:
+            self.sending.discard(worker)
 
     def goes_without(self, request: Request, error: Any) -> bool:
         """Whether the endpoint refused a field that can be left out from now on."""
@@ -277,6 +320,12 @@ class Endpoint:
 
 
 # -- before the first request
+
+
+def check(teacher: Teacher) -> None:
+    """Refuse what can be seen to be wrong without asking anybody."""
+    url_of(teacher)
+    key_of(teacher)
 
 
 def libraries() -> tuple[Any, Any]:
