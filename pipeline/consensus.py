@@ -96,5 +96,5 @@ def pairwise(scores: Floats, scale: tuple[float, float]) -> dict[str, Any]:
 
         whole = float(over_pairs(*(row[None] for row in rows))[0]) if both.shape[1] > 2 else np.nan
         found[name] = whole if np.isfinite(whole) else None
-        found[f"{name}_interval"] = metrics.bootstrap_interval(over_pairs, *rows, by_row=True)
+        found[f"{name}_interval"] = metrics.bootstrap_interval(over_pairs, *rows)
     return found

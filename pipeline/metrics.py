@@ -1,7 +1,7 @@
 """Pure functions on arrays."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,7 +149,6 @@ def bootstrap_interval(
     *arrays: NDArray[Any],
     seed: int = 0,
     n: int = 1000,
-    by_row: Literal[True] = True,  # noqa: ARG001
 ) -> Interval | None:
     """95% percentile interval of a statistic over `n` resamples of the documents (Efron & Tibshirani 1993, ch. 13).
 

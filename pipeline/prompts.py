@@ -164,9 +164,8 @@ class Prompt(Settings):
             gap = " " if self.answer_start and not self.answer_start[-1].isspace() else ""
             return Form("choice", [gap + path for path in self.labels.paths])
         one: dict[str, Any] = {"type": "string", "enum": list(self.labels.paths)}
-        return Form(
-            "json", self.schema_of({"labels": {"type": "array", "items": one}} if self.multi else {"label": one})
-        )
+        several = {"type": "array", "items": one, "minItems": 1, "maxItems": len(self.labels.paths)}
+        return Form("json", self.schema_of({"labels": several} if self.multi else {"label": one}))
 
     def schema_of(self, fields: dict[str, Any]) -> dict[str, Any]:
         """JSON schema of an object with these fields, the rationale first."""
