@@ -33,4 +33,4 @@ def needs(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
-        raise UserError(f'{module} is not installed; run: pip install "gristmill[{extra}]"') from None
+        raise UserError(f'{module} is not installed; in your clone run: pip install -e ".[{extra}]"') from None

@@ -239,15 +239,18 @@ def ask(raters: list[Rater], texts: list[str], desk: "Desk", start: Start, calib
 
 
 def ask_round(started: Ask, rater: Rater, round: "Round", desk: "Desk") -> None:
-    """Put one round of questions: under a budget of tokens or money a single one first, to know what an answer costs.
-    Where there is no room for longer answers, the short ones stand."""
-    first = [question for question in round.questions if question.key not in round.answered][:1]
-    unknown = desk.spending.counts_answers and not desk.spending.of(round.teacher).n
+    """Put one round of questions, as many at a time as the budget surely takes. Where there is no room for longer
+    answers, the short ones stand."""
+    n_open = round.n_open + 1
     try:
-        for questions in [first, round.questions] if unknown else [round.questions]:
-            there = {key for key, _ in desk.store.find(question.key for question in questions)}
-            if len(there) < len(questions) and desk.spending.left(round.teacher):
-                started(rater.prompt, round.teacher, questions, there, partial(desk.record, round))
+        while desk.spending.left(round.teacher):
+            there = {key for key, _ in desk.store.find(question.key for question in round.questions)}
+            still = [question for question in round.questions if question.key not in there | desk.failed]
+            if not still or len(still) == n_open:
+                return
+            n_open, room = len(still), desk.spending.room(round.teacher)
+            questions = round.questions if room >= n_open else still[: int(room)]
+            started(rater.prompt, round.teacher, questions, there, partial(desk.record, round))
     except NoRoom as error:
         if not round.again:
             raise

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import fsspec
@@ -62,6 +63,7 @@ def find_shards(corpus: Corpus) -> list[Shard]:
     if files is not None:
         return name_shards(fs, files, base, corpus.path)
     if looks_like_hub_name(corpus.path):
+        check_no_local_folder(corpus.path)
         return hub_shards(corpus)
     raise UserError(f"corpus.path: {corpus.path} does not exist; give a parquet or JSONL file or a folder of them")
 
@@ -180,6 +182,13 @@ def fingerprint(shard: Shard) -> str:
 def looks_like_hub_name(path: str) -> bool:
     """Whether a path could be owner/name on the Hub."""
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) is not None and not format_of(path)
+
+
+def check_no_local_folder(path: str) -> None:
+    """Refuse a name whose first part is a folder here: it was meant to be a file or folder in it."""
+    first, _, rest = path.partition("/")
+    if rest and Path(first).is_dir():
+        raise UserError(f"corpus.path: {path} does not exist; the folder {first} does, but it holds no {rest}")
 
 
 @lru_cache(maxsize=4)

@@ -1,6 +1,7 @@
 """What asking a teacher costs, and the budget for it."""
 
 import functools
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -10,6 +11,9 @@ from pipeline.teacher import Answer
 
 MILLION = 1_000_000
 
+CERTAIN = 0.9
+"""Share of the answers that seem to fit into a budget which is asked for at a time; documents differ in length."""
+
 
 class Cost(NamedTuple):
     """Answers, and what they took together."""
@@ -18,6 +22,11 @@ class Cost(NamedTuple):
     prompt_tokens: int = 0
     answer_tokens: int = 0
     usd: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Of prompts and answers."""
+        return self.prompt_tokens + self.answer_tokens
 
     def plus(self, other: "Cost") -> "Cost":
         """Both together."""
@@ -54,31 +63,35 @@ class Spending:
             self.n_asked += len(answers)
             self.n_paid_now += len(paid)
             total = self.total
-            self.pace = [*self.pace[:1], (time.monotonic(), total.prompt_tokens + total.answer_tokens)]
+            self.pace = [*self.pace[:1], (time.monotonic(), total.tokens)]
 
     def of(self, teacher: Teacher) -> Cost:
         """What one teacher's answers took."""
         return self.by_teacher.get(str(teacher.model), Cost())
 
     def left(self, teacher: Teacher) -> bool:
-        """Whether one more question to this teacher fits in, beside those that may be in flight: each is taken to cost
-        what its answers have cost on average."""
+        """Whether one more question to this teacher fits in, taken to cost what its answers have cost on average."""
         total, own = self.total, self.of(teacher)
-        more = (in_flight(teacher, own) if own.n > 1 else 1) / max(own.n, 1)
         spent = {
-            "budget_usd": total.usd + own.usd * more,
-            "budget_tokens": (total.prompt_tokens + total.answer_tokens)
-            + (own.prompt_tokens + own.answer_tokens) * more,
+            "budget_usd": total.usd + own.usd / max(own.n, 1),
+            "budget_tokens": total.tokens + own.tokens / max(own.n, 1),
             "budget_minutes": (time.monotonic() - self.begin) / 60,
         }
         given = {name: getattr(self.limits, name) for name in spent}
         self.stopped_by = next((name for name, most in given.items() if most is not None and spent[name] > most), None)
         return self.stopped_by is None
 
-    @property
-    def counts_answers(self) -> bool:
-        """Whether a budget depends on what an answer costs, which only an answer tells."""
-        return self.limits.budget_usd is not None or self.limits.budget_tokens is not None
+    def room(self, teacher: Teacher) -> float:
+        """How many more answers of this teacher the budget surely takes: a little less than at their average cost, and
+        one where that is not known yet."""
+        limits, total, own = self.limits, self.total, self.of(teacher)
+        if limits.budget_usd is None and limits.budget_tokens is None:
+            return math.inf
+        if own.n == 0:
+            return 1
+        usd = (limits.budget_usd - total.usd) / own.usd if limits.budget_usd is not None and own.usd else math.inf
+        tokens = math.inf if limits.budget_tokens is None else (limits.budget_tokens - total.tokens) / own.tokens
+        return max(1.0, CERTAIN * own.n * min(usd, tokens))
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -101,17 +114,6 @@ class Spending:
             "tokens_per_s": self.tokens_per_s if live else None,
             "docs_per_s": self.n_asked / len(teachers) / seconds if self.n_asked and live else None,
         }
-
-
-FEWEST_IN_FLIGHT = 256
-"""vLLM is handed at least so many questions at a time."""
-
-
-def in_flight(teacher: Teacher, so_far: Cost) -> float:
-    """Answers that can still arrive when no more questions are sent: a batch, or what is sent at a time."""
-    if teacher.engine == "transformers":
-        return teacher.batch_tokens * so_far.n / max(so_far.prompt_tokens + so_far.answer_tokens, 1)
-    return max(teacher.concurrency, FEWEST_IN_FLIGHT if teacher.engine == "vllm" else 1)
 
 
 def cost(teacher: Teacher, prompt_tokens: float, answer_tokens: float) -> float:

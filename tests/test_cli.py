@@ -421,7 +421,10 @@ def test_a_missing_extra_is_named(
 ):
     monkeypatch.setitem(sys.modules, "torch", None)
     code, _, err = run(capsys, "rate", recipe_file)
-    assert code == 1 and last_line(err) == 'gristmill: torch is not installed; run: pip install "gristmill[torch]"'
+    assert (
+        code == 1
+        and last_line(err) == 'gristmill: torch is not installed; in your clone run: pip install -e ".[torch]"'
+    )
 
 
 def test_a_run_folder_that_cannot_be_made_is_named(recipe_file: Path, capsys: pytest.CaptureFixture[str]):

@@ -471,7 +471,7 @@ def test_without_matplotlib_the_stage_succeeds_and_names_the_extra(
         label.run(recipe(tmp_path, endpoint.url))
     assert not (tmp_path / "run/label/labels.png").exists()
     (line,) = [record.message for record in caplog.records if "picture" in record.message]
-    assert 'pip install "gristmill[plots]"' in line
+    assert 'pip install -e ".[plots]"' in line
 
 
 def test_a_picture_is_drawn_for_each_corpus_and_for_all(tmp_path: Path):

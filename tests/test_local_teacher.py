@@ -845,5 +845,5 @@ def test_a_digit_after_a_space_is_two_tokens_of_smollm2_and_exact(smollm, texts)
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed: tests/vllm_engine")
 def test_without_vllm_its_engine_names_what_to_install(tiny_causal):
-    with pytest.raises(UserError, match=r'^vllm is not installed; run: pip install "gristmill\[vllm\]"$'):
+    with pytest.raises(UserError, match=r'^vllm is not installed; in your clone run: pip install -e "\.\[vllm\]"$'):
         engine_of(setup(tiny_causal, engine="vllm")).__enter__()

@@ -553,6 +553,21 @@ def test_a_budget_below_one_answer_pays_for_one(tmp_path: Path) -> None:
     assert (result.n_scored, result.n_not_asked) == (1, 49)
 
 
+def test_a_budget_smaller_than_what_is_in_flight_holds(tmp_path: Path) -> None:
+    with serve(by_seed) as server:
+        result = rate.run(recipe(tmp_path, server.url, n=50, rate={"budget_tokens": 1000}, concurrency=16))
+    assert (result.n_scored, result.stopped_by) == (9, "budget_tokens")
+    assert result.prompt_tokens + result.answer_tokens == 9 * 107
+
+
+def test_a_budget_smaller_than_a_batch_of_a_local_teacher_holds(tmp_path: Path, tiny_causal: Path) -> None:
+    local = {"engine": "transformers", "model": str(tiny_causal), "base_url": None, "device": "cpu"}
+    r = recipe(tmp_path, "http://127.0.0.1:9/v1", n=40, prompt=CHOICES, rate={"budget_tokens": 1500})
+    result = rate.run(changed(r, "teacher", **local, document_tokens=16, dtype="float32"))
+    assert result.stopped_by == "budget_tokens"
+    assert 1000 < result.prompt_tokens <= 1500
+
+
 def test_a_dear_second_teacher_is_not_taken_to_cost_what_the_first_did(tmp_path: Path) -> None:
     dear = {"model": "dear", "usd_per_million_prompt_tokens": 1000.0, "usd_per_million_answer_tokens": 0.0}
     prices = {"usd_per_million_prompt_tokens": 1.0, "usd_per_million_answer_tokens": 0.0}
