@@ -89,9 +89,9 @@ class Spending:
             return math.inf
         if own.n == 0:
             return 1
-        usd = (limits.budget_usd - total.usd) / own.usd if limits.budget_usd is not None and own.usd else math.inf
-        tokens = math.inf if limits.budget_tokens is None else (limits.budget_tokens - total.tokens) / own.tokens
-        return max(1.0, CERTAIN * own.n * min(usd, tokens))
+        sides = ((limits.budget_usd, total.usd, own.usd), (limits.budget_tokens, total.tokens, own.tokens))
+        fit = [(limit - spent) / paid for limit, spent, paid in sides if limit is not None and paid]
+        return max(1.0, CERTAIN * own.n * min(fit, default=math.inf))
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -350,6 +350,11 @@ def recipe(
     )
 
 
+def changed(recipe: Recipe, section: str, **values: Any) -> Recipe:
+    """The recipe with other settings in one section."""
+    return Recipe.model_validate(recipe.model_dump() | {section: {**recipe.model_dump()[section], **values}})
+
+
 def ratings(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """The ratings by id; of a single opinion, what it says stands in the row."""
     rows = pq.read_table(recipe.run_folder / "rate" / "ratings.parquet").to_pylist()

@@ -14,6 +14,7 @@ from endpoint import (
     CHOICES,
     Asked,
     Reply,
+    changed,
     corpus,
     error,
     gristmill,
@@ -22,13 +23,13 @@ from endpoint import (
     one_line,
     ratings,
     recipe,
+    reply,
     says,
     serve,
     write,
 )
 
 from pipeline import panel, plan, probe, prompts, rate
-from pipeline.config import Recipe
 from pipeline.consensus import pairwise, verdict
 from pipeline.errors import UserError
 from pipeline.reading import Reading, read_json
@@ -38,11 +39,6 @@ from pipeline.reading import Reading, read_json
 def _no_pauses() -> Iterator[None]:
     with stamina.set_testing(True, attempts=100, cap=True):
         yield
-
-
-def changed(r: Recipe, section: str, **values: Any) -> Recipe:
-    """The recipe with other settings in one section."""
-    return Recipe.model_validate(r.model_dump() | {section: {**r.model_dump()[section], **values}})
 
 
 def by_seed(asked: Asked) -> Reply:
@@ -566,6 +562,13 @@ def test_a_budget_smaller_than_a_batch_of_a_local_teacher_holds(tmp_path: Path, 
     result = rate.run(changed(r, "teacher", **local, document_tokens=16, dtype="float32"))
     assert result.stopped_by == "budget_tokens"
     assert 1000 < result.prompt_tokens <= 1500
+
+
+def test_a_budget_at_an_endpoint_that_counts_no_tokens_is_no_crash(tmp_path: Path) -> None:
+    uncounted = {"choices": [{"index": 0, "message": {"content": "Score: 3"}, "finish_reason": "stop"}]}
+    with serve(lambda _: reply(uncounted)) as server:
+        result = rate.run(recipe(tmp_path, server.url, n=12, rate={"budget_tokens": 100}))
+    assert (result.n_scored, result.prompt_tokens, result.stopped_by) == (12, 0, None)
 
 
 def test_a_dear_second_teacher_is_not_taken_to_cost_what_the_first_did(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from endpoint import (
     CHOICES,
     Asked,
     Reply,
+    changed,
     corpus,
     error,
     gristmill,
@@ -35,7 +36,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import prompts, rate, teacher
-from pipeline.config import Recipe
 from pipeline.corpus import text_id
 from pipeline.errors import UserError
 from pipeline.ratings import schema
@@ -52,11 +52,6 @@ def good_by_number(asked: Asked) -> Reply:
     """doc-<n> is good with odds n + 1 to 1."""
     n = number(asked)
     return likes({" good": math.log(0.8 * (n + 1) / (n + 2)), " bad": math.log(0.8 / (n + 2))})
-
-
-def changed(r: Recipe, section: str, **values: Any) -> Recipe:
-    """The recipe with other settings in one section."""
-    return Recipe.model_validate(r.model_dump() | {section: {**r.model_dump()[section], **values}})
 
 
 # -- the store
