@@ -38,7 +38,7 @@ class LabelResult(Result):
     n_sampled: int
     n_labelled: int
     n_asked: int
-    """Answers paid for in this run; the others were recorded before."""
+    """Questions asked in this run, failed ones among them; the other answers were recorded before."""
     n_reused: int
     n_failed: int
     """Questions whose request failed; --redo asks them again."""

@@ -144,7 +144,7 @@ def best_answer(prompt: Prompt) -> str:
         best = max(prompt.choices, key=lambda choice: choice.value)
         return prompt.answer_start + best.answers[0]
     if prompt.read == "json":
-        return json.dumps({name: top for name, (_, top) in prompt.scales.items()})
+        return json.dumps({name: top for name, (_, top) in prompt.attributes.items()})
     tried = [spelled(prompt.pattern).replace(HERE, f"{high:g}"), f"Score: {high:g}", f"{high:g}"]
     return next((answer for answer in tried if read_text(prompt, answer, True).score == high), tried[-1])
 

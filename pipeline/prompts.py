@@ -139,11 +139,6 @@ class Prompt(Settings):
         return tuple(answer for choice in self.choices for answer in choice.answers)
 
     @property
-    def scales(self) -> dict[str, tuple[float, float]]:
-        """The scale of each named score (read: json)."""
-        return dict(self.attributes)
-
-    @property
     def lists_options(self) -> bool:
         """Whether the text lists choices or labels, whose order can be changed."""
         return bool(CHOICES.search(self.body) or LABELS.search(self.body))

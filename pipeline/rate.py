@@ -169,7 +169,7 @@ def summarise(
     return RateResult(
         seconds=work.seconds,
         **where_rows_went(counts, documents),
-        **scores_in_figures(documents, verdicts, prompt.scale, prompt.scales),
+        **scores_in_figures(documents, verdicts, prompt.scale, prompt.attributes),
         **answers_in_figures(said),
         **got.spending.in_figures([each.rater.teacher for each in said], work.seconds),
         n_failed=len(got.failed),

@@ -55,7 +55,7 @@ def write(path: Path, documents: Iterable[Document], panel: list[Opinions], verd
     rows = [
         {
             **document._asdict(),
-            **dict.fromkeys(prompt.scales),
+            **dict.fromkeys(prompt.attributes),
             **verdict.attributes,
             "score": verdict.score,
             "reason": verdict.reason,
@@ -65,7 +65,7 @@ def write(path: Path, documents: Iterable[Document], panel: list[Opinions], verd
         }
         for position, (document, verdict) in enumerate(zip(documents, verdicts, strict=True))
     ]
-    write_table(path, pa.Table.from_pylist(rows, schema(prompt.scale, prompt.scales)))
+    write_table(path, pa.Table.from_pylist(rows, schema(prompt.scale, prompt.attributes)))
 
 
 def opinion(opinions: Opinions, position: int) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def tell_rate(result: Values) -> str:
     unscored = ", ".join(f"{reason} {count}" for reason, count in result["unscored"].items())
     lines = [
         f"{result['n_scored']:,} scored, unscored: {unscored or 'none'}; mean score {figure(result['mean_score'])}",
-        f"asked {result['n_asked']:,}, reused {result['n_reused']:,} answers; {result['n_truncated']:,} documents cut",
+        asked(result),
     ]
     if result["stopped_by"]:
         lines.append(f"stopped by {result['stopped_by']}; the same command with more of it goes on")
@@ -82,6 +82,13 @@ def tell_rate(result: Values) -> str:
         if result["human"].get("between_people"):
             lines.append(f"people among themselves: {agreement(result['human']['between_people'])}")
     return "\n".join(lines)
+
+
+def asked(result: Values) -> str:
+    """How much a teacher was asked, and how much of it was known."""
+    return (
+        f"asked {result['n_asked']:,}, reused {result['n_reused']:,} answers; {result['n_truncated']:,} documents cut"
+    )
 
 
 def planned_and_actual(result: Values) -> list[str]:
@@ -162,7 +169,7 @@ def tell_label(result: Values) -> str:
     reasons = ", ".join(f"{reason} {count}" for reason, count in result["unlabelled"].items())
     lines = [
         f"{result['n_labelled']:,} labelled, unlabelled: {reasons or 'none'}",
-        f"asked {result['n_asked']:,}, reused {result['n_reused']:,} answers; {result['n_truncated']:,} documents cut",
+        asked(result),
     ]
     if result["n_unknown_labels"]:
         lines.append(f"{result['n_unknown_labels']:,} times a label that the taxonomy does not have")
