@@ -22,6 +22,8 @@ from pipeline.errors import Pending, SettingsError, UserError, required
 log = logging.getLogger("gristmill")
 
 STAGES = ("rate", "train", "score", "filter")
+PASSED_THROUGH = {"args", "chat_template_args", "engine_args"}
+"""Settings that hold another library's."""
 
 Flat = Parameter(name="*")
 RecipePath = Annotated[Path | None, Parameter(help="Recipe: a YAML file with a section per stage. Flags win over it.")]
@@ -70,6 +72,7 @@ def rate(
     common: Annotated[Common, Flat] = Common(),  # noqa: B008
     rate: Annotated[config.Rate, Flat] = config.Rate(),  # noqa: B008
     probe: bool = False,
+    next: Annotated[int | None, Field(ge=1)] = None,
     how: Annotated[How, Flat] = How(),  # noqa: B008
 ) -> None:
     """Stage 1: an LLM rates a sample of the corpus.
@@ -78,8 +81,21 @@ def rate(
     ----------
     probe
         Instead, try how far lines in a document can talk the teacher into a better score.
+    next
+        Rate so many more documents, those from which the student learns most.
     """
-    execute(["probe" if probe else "rate"], recipe, {**flags(common), "rate": flags(rate)}, how)
+    if probe and next:
+        raise SettingsError("rate: give --probe or --next, not both")
+    given = {**flags(common), "rate": flags(rate)}
+    execute(["probe" if probe else "rate"], recipe, given, how, lambda found: add_round(found, next))
+
+
+def add_round(recipe: Recipe, n: int | None) -> None:
+    """Choose the next documents to rate, if that was asked."""
+    if n:
+        from pipeline import rounds
+
+        rounds.add(recipe, n)
 
 
 @app.command(sort_key=1)
@@ -90,10 +106,21 @@ def plan(
     common: Annotated[Common, Flat] = Common(),  # noqa: B008
     rate: Annotated[config.Rate, Flat] = config.Rate(),  # noqa: B008
     plan: Annotated[config.Plan, Flat] = config.Plan(),  # noqa: B008
+    cuts: Annotated[config.Cuts, Flat] = config.Cuts(),  # noqa: B008
+    rating: bool = False,
     how: Annotated[How, Flat] = How(),  # noqa: B008
 ) -> None:
-    """Before stage 1: the tokens, hours and money that it will take."""
-    execute(["plan"], recipe, {**flags(common), "rate": flags(rate), "plan": flags(plan)}, how)
+    """Before stage 1: the tokens, hours and money that it will take. After stage 3: what each cut would keep.
+
+    Parameters
+    ----------
+    rating
+        The plan of stage 1 although the corpus is scored.
+    """
+    given = {**flags(common), "rate": flags(rate), "plan": flags(plan), "cuts": flags(cuts)}
+    folder = config.load_recipe(recipe, given).run_folder
+    scored = (folder / "score" / "result.json").exists()
+    execute(["cuts" if scored and not rating else "plan"], recipe, given, how)
 
 
 @app.command(sort_key=2)
@@ -148,6 +175,45 @@ def filter(
 ) -> None:
     """Stage 4: the best documents are kept, every dropped one counted."""
     execute(["filter"], recipe, {**flags(common), "filter": flags(filter)}, how)
+
+
+@app.command(sort_key=4)
+def audit(
+    recipe: RecipePath = None,
+    /,
+    *,
+    common: Annotated[Common, Flat] = Common(),  # noqa: B008
+    audit: Annotated[config.Audit, Flat] = config.Audit(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """After stage 3: the teacher rates some scored documents, for unbiased figures on the whole corpus."""
+    execute(["audit"], recipe, {**flags(common), "audit": flags(audit)}, how)
+
+
+@app.command(sort_key=5)
+def export(
+    recipe: RecipePath = None,
+    /,
+    *,
+    common: Annotated[Common, Flat] = Common(),  # noqa: B008
+    export: Annotated[config.Export, Flat] = config.Export(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """The student as ONNX and OpenVINO, and to the Hub."""
+    execute(["export"], recipe, {**flags(common), "export": flags(export)}, how)
+
+
+@app.command(sort_key=5)
+def report(
+    recipe: RecipePath = None,
+    /,
+    *,
+    common: Annotated[Common, Flat] = Common(),  # noqa: B008
+    report: Annotated[config.Report, Flat] = config.Report(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """The run as one HTML page."""
+    execute(["report"], recipe, {**flags(common), "report": flags(report)}, how)
 
 
 @app.command(sort_key=5)
@@ -212,13 +278,19 @@ def show(path: Path, /, *, selection: Annotated[Selection, Flat] = Selection()) 
 def flags(settings: Settings) -> dict[str, Any]:
     """Only what was given on the command line; pass-through values are typed as YAML would."""
     given = settings.model_dump(exclude_unset=True)
-    teacher = given.get("teacher", {})
-    for name in {"args", "chat_template_args", "engine_args"} & set(teacher):
-        teacher[name] = {key: yaml.safe_load(str(value)) for key, value in teacher[name].items()}
+    for section in (given, *(value for value in given.values() if isinstance(value, dict))):
+        for name in PASSED_THROUGH & section.keys():
+            section[name] = {key: yaml.safe_load(str(value)) for key, value in section[name].items()}
     return given
 
 
-def execute(stages: Sequence[str], path: Path | None, given: dict[str, Any], how: How) -> list[Any]:
+def execute(
+    stages: Sequence[str],
+    path: Path | None,
+    given: dict[str, Any],
+    how: How,
+    before: Callable[[Recipe], None] = lambda _: None,
+) -> list[Any]:
     """Run stages one after another and show what they did; their results."""
     recipe = config.load_recipe(path, given)
     if how.dry_run:
@@ -229,6 +301,7 @@ def execute(stages: Sequence[str], path: Path | None, given: dict[str, Any], how
     with log_in(recipe.run_folder):
         if len(stages) > 1:
             check_ahead(recipe)
+        before(recipe)
         results = {name: importlib.import_module(f"pipeline.{name}").run(recipe, how.redo) for name in stages}
 
     values = {name: result.model_dump(mode="json") for name, result in results.items()}

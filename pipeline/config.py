@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pipeline.errors import SettingsError
 
@@ -18,6 +18,17 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+
+
+def whole_number(value: Any) -> Any:
+    """10B, 1.5M or 300k as a whole number; anything else as it is."""
+    units = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+    if isinstance(value, str) and value[-1:].lower() in units:
+        try:
+            return round(float(value[:-1]) * units[value[-1].lower()])
+        except (ValueError, OverflowError):
+            return value
+    return value
 
 
 class Settings(BaseModel):
@@ -169,6 +180,10 @@ class Rate(Asking):
     gold_column: str | None = None
     """Column of the corpus with a known quality (true/false or a number), to measure teacher and student against;
     never shown to them."""
+    group_column: str | None = None
+    """Column of the corpus kept in the ratings as `group` (a site, an author): no group is in two parts of train."""
+    pool: Count = 10_000
+    """Documents drawn for rate --next to choose from."""
     probe_documents: Annotated[Count, OPERATIONAL] = 50
     """Documents of the sample that rate --probe tries adversarial lines on."""
 
@@ -201,30 +216,49 @@ class Encoder(Settings):
     """Hub name, folder, or package:NAME/PATH: anything that sentence-transformers loads."""
     revision: str | None = None
     """Hub revision of the model."""
+    pooling: Literal["cls", "mean"] | None = None
+    """How token states become an embedding; without it as the model's own files say, and the mean where they don't."""
     max_tokens: Count = 512
-    """Longer documents are judged by their first so many tokens."""
+    """Tokens in one window; longer documents are judged by the windows chosen below."""
+    windows: Literal["first", "spread", "all"] = "first"
+    """Windows of a longer document that are read: its first, those at its begin, middle and end, or all."""
+    aggregate: Literal["mean", "weighted", "max"] = "mean"
+    """How the scores of several windows become one: their mean, their mean weighted by tokens, or the highest."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the encoder; auto is bfloat16 where the hardware multiplies it and float32 elsewhere."""
     device: Annotated[str | None, OPERATIONAL] = None
     """cuda, cuda:1, mps or cpu; without it the best one present."""
     batch_tokens: Count = 4096
     """Tokens in one batch, padding included."""
+    cache: Annotated[Path | None, OPERATIONAL] = None
+    """File of embeddings computed before; without it embeddings.sqlite in the run folder."""
 
 
 class Train(Settings):
-    """Stage 2: a linear head on the frozen encoder learns the ratings."""
+    """Stage 2: a head on the frozen encoder learns the ratings."""
 
     ratings: Path | None = None
     """Ratings or labels to learn from; without it those of the run folder."""
     targets: tuple[str, ...] = ("score",)
     """Columns to learn: score or a named attribute of the ratings, or a column of the labels."""
+    head: Literal["linear", "ordinal", "mlp", "full"] = "linear"
+    """How scores are learned: ridge regression; a cumulative logistic model, from the teacher's probabilities where
+    there are some; one hidden layer; or, with full, the encoder is fine-tuned too."""
+    args: dict[str, Any] = {}
+    """Passed verbatim to Hugging Face's TrainingArguments (head: full), such as num_train_epochs: 5."""
     validation_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
     """Share of the ratings on which cuts are chosen."""
     test_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
     """Share of the ratings that is only reported on."""
+    near_duplicates: Share | None = 0.8
+    """Texts that share this much of their word 5-grams (Jaccard) are never in different parts; null turns it off."""
     good_from: float | None = None
     """Teacher score from which a document counts as good in precision, recall and F1; without it the middle of the
     scale."""
+    rounding: Literal["fitted", "half_up"] = "fitted"
+    """How a score becomes an int_score: at cuts that give each whole score as often as the teacher, or half up."""
+    learning_curve: bool = True
+    """Learn from 10, 20, 40 and 70% of the ratings too, to tell what more of them would buy."""
 
 
 class Score(Settings):
@@ -234,14 +268,29 @@ class Score(Settings):
     """Student folder; without it that of the run folder."""
     replace_existing: bool = False
     """Replace columns called score and int_score that the corpus already has, instead of stopping."""
+    keep_embeddings: bool = False
+    """Write each document's embedding beside the scores (float16), for filter.sampling: density."""
 
 
-CUTS = ("min_score", "min_int_score", "keep_share")
+class Export(Settings):
+    """The student in other formats."""
+
+    student: Path | None = None
+    """Student folder; without it that of the run folder."""
+    formats: tuple[Literal["onnx", "openvino"], ...] = ("onnx", "openvino")
+    """Formats to write."""
+    push_to_hub: Annotated[str | None, OPERATIONAL] = None
+    """Upload the student folder and the exports to this Hub repository (owner/name)."""
+    private: Annotated[bool, OPERATIONAL] = True
+    """Whether a repository that is made anew is private."""
+
+
+CUTS = ("min_score", "min_int_score", "keep_share", "keep_documents", "keep_tokens", "precision")
 """Ways to choose what is kept; one is given."""
 
 
 class Filter(Settings):
-    """Stage 4: the best documents are kept. Give one of the three cuts."""
+    """Stage 4: the best documents are kept. Give one of the six cuts; gristmill plan shows what each would keep."""
 
     min_score: float | None = None
     """Keep documents with at least this score."""
@@ -249,6 +298,21 @@ class Filter(Settings):
     """Keep documents with at least this int_score."""
     keep_share: Share | None = None
     """Keep this share of the scored documents; ties at the cut are kept."""
+    keep_documents: Count | None = None
+    """Keep so many documents; ties at the cut are kept."""
+    keep_tokens: Annotated[Count | None, BeforeValidator(whole_number)] = None
+    """Keep the best documents with so many tokens in all, such as 10B."""
+    precision: Share | None = None
+    """Keep as much as can be kept with this share of it good by the teacher, as far as ratings or audit tell."""
+    per_group: str | None = None
+    """Column; the share, documents or tokens to keep count within each of its values."""
+    sampling: Literal["top", "gumbel", "density"] = "top"
+    """What is kept: the best; a draw with probability growing as exp(score / temperature) (QuRating,
+    arXiv:2402.09739); or a draw in inverse proportion to how many documents are alike (arXiv:2402.09668)."""
+    temperature: Positive = 1.0
+    """Of the gumbel draw, in points of the scale: near 0 the best are kept, large ones draw uniformly."""
+    tokens_column: str | None = None
+    """Column with each document's tokens, such as token_count; without it 4 bytes of text count as one."""
     scored: Path | None = None
     """Scored corpus; without it that of the run folder."""
     output_format: Literal["parquet", "jsonl"] = "parquet"
@@ -257,13 +321,47 @@ class Filter(Settings):
     """Write the dropped rows aside too, each with its reason."""
 
 
+class Cuts(Settings):
+    """What each cut would keep of the scored corpus, before anything is written."""
+
+    by: tuple[str, ...] = ()
+    """Columns to break the figures down by, such as source or language."""
+    documents: Annotated[Count, OPERATIONAL] = 1_000_000
+    """Scored documents that are looked at; of a larger corpus a uniform sample of so many."""
+
+
+class Audit(Settings):
+    """The kept set's quality on the corpus itself: scored documents are rated again by the teacher."""
+
+    sample: Count = 300
+    """Scored documents that are rated, drawn from every stratum of the score."""
+    strata: Annotated[int, Field(ge=2)] = 10
+    """Strata of the score, with equally many documents of the corpus each."""
+    budget_usd: Annotated[Positive | None, OPERATIONAL] = None
+    """As for rate."""
+    budget_tokens: Annotated[Count | None, OPERATIONAL] = None
+    """As for rate."""
+    budget_minutes: Annotated[Positive | None, OPERATIONAL] = None
+    """As for rate."""
+
+
+class Report(Settings):
+    """The run as one HTML page."""
+
+    examples: Count = 3
+    """Documents shown at each int_score."""
+    documents: Count = 5_000
+    """Scored documents that the audit of shortcuts looks at."""
+
+
 class Tracking(Settings):
     """Where metrics go besides metrics.jsonl in the run folder."""
 
-    wandb: bool = False
-    """Send them to Weights & Biases (WANDB_MODE=offline works without an account)."""
-    wandb_project: str = "gristmill"
-    """Its project."""
+    to: Literal["wandb", "trackio"] | None = None
+    """Send them, with tables of examples, the report and the student, to Weights & Biases (WANDB_MODE=offline works
+    without an account) or Trackio (on this machine)."""
+    project: str = "gristmill"
+    """The project there."""
 
 
 class Common(Settings):
@@ -287,7 +385,11 @@ class Recipe(Common):
     label: Label = Label()
     train: Train = Train()
     score: Score = Score()
+    cuts: Cuts = Cuts()
+    audit: Audit = Audit()
     filter: Filter = Filter()
+    export: Export = Export()
+    report: Report = Report()
 
 
 def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
