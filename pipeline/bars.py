@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import needs
 from pipeline.labels import LevelCounts
+from pipeline.pictures import BLUE, FAINT, GREY, INK, LIGHT, style, svg
 from pipeline.storage import atomic
 from pipeline.taxonomy import STEP
 
@@ -14,9 +15,6 @@ PER_PAGE, PER_LINE = 12, 4
 """Corpora on one page, and side by side."""
 MANY_LINES = 30
 """With more lines of bars, a page holds one line of corpora only."""
-BLUE, LIGHT, GREY = "#0072B2", "#56B4E9", "#A6A6A6"
-"""Colours of bars that everyone can tell apart (Okabe and Ito)."""
-INK, FAINT = "#262626", "#767676"
 COLUMN_IN, LINE_IN, FIGURE_IN = 2.7, 0.235, 0.95
 """Inches: width of a column of bars, height of a line, room for the figure beside the longest bar."""
 UNLABELLED = "(no label)"
@@ -113,22 +111,37 @@ def share_of(bars: Bars, line: Line) -> float:
 
 def draw_page(path: Path, page: Sequence[Bars], shown: list[Line], highest: float, title: str, note: str) -> None:
     """One picture, its columns on one scale."""
-    matplotlib, figures = needs("matplotlib", "plots"), needs("matplotlib.figure", "plots")
+    with style(9):
+        figure = figure_of(page, shown, highest, title, note)
+        with atomic(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120, facecolor="white")
+
+
+def figure_of(page: Sequence[Bars], shown: list[Line], highest: float, title: str, note: str) -> Any:
+    """A page of bars, to be written or shown."""
+    figures = needs("matplotlib.figure", "plots")
     n_down, n_across = -(-len(page) // PER_LINE), min(len(page), PER_LINE)
     names_in = 0.085 * max(len(line.shown) for line in shown) + 0.4
     size = names_in + COLUMN_IN * n_across, 0.9 + n_down * (0.6 + LINE_IN * len(shown))
-    with matplotlib.rc_context({"text.parse_math": False, "font.size": 9, "text.color": INK}):
-        figure = figures.Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(n_down, n_across, squeeze=False).ravel()
-        for position, (axis, bars) in enumerate(zip(axes, page, strict=False)):
-            draw_column(axis, bars, shown, highest)
-            name_lines(axis, shown if position % PER_LINE == 0 else [])
-        for axis in axes[len(page) :]:
-            axis.set_visible(False)
+    figure = figures.Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(n_down, n_across, squeeze=False).ravel()
+    for position, (axis, bars) in enumerate(zip(axes, page, strict=False)):
+        draw_column(axis, bars, shown, highest)
+        name_lines(axis, shown if position % PER_LINE == 0 else [])
+    for axis in axes[len(page) :]:
+        axis.set_visible(False)
+    if title:
         figure.suptitle(textwrap.fill(title, int(9 * size[0])), x=0.01, ha="left", fontsize=11, fontweight="bold")
-        figure.supxlabel(textwrap.fill(note, int(13 * size[0])), x=0.01, ha="left", fontsize=8, color=FAINT)
-        with atomic(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=120, facecolor="white")
+    figure.supxlabel(textwrap.fill(note, int(13 * size[0])), x=0.01, ha="left", fontsize=8, color=FAINT)
+    return figure
+
+
+def as_svg(bars: Bars) -> str:
+    """One corpus as a chart for a page, without a title."""
+    shown, n_hidden = lines([bars])
+    highest = max(share_of(bars, line) for line in shown)
+    with style(9):
+        return svg(figure_of([bars._replace(title="")], shown, highest, "", left_out(n_hidden)))
 
 
 def draw_column(axis: Any, bars: Bars, shown: list[Line], highest: float) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -22,6 +23,8 @@ from pipeline.errors import Pending, SettingsError, UserError, required
 log = logging.getLogger("gristmill")
 
 STAGES = ("rate", "train", "score", "filter")
+WITH_PICTURES = ("rate", "train", "score", "cuts", "filter", "report")
+"""The same with what only looks at the run."""
 PASSED_THROUGH = {"args", "chat_template_args", "engine_args"}
 """Settings that hold another library's."""
 
@@ -60,8 +63,9 @@ def run(
     settings: Annotated[Recipe, Flat] = Recipe(),  # noqa: B008
     how: Annotated[How, Flat] = How(),  # noqa: B008
 ) -> None:
-    """Every stage; a finished one is skipped."""
-    execute(STAGES, recipe, flags(settings), how)
+    """Every stage, and the report where the extra `plots` is installed; a finished one is skipped."""
+    drawn = all(importlib.util.find_spec(name) for name in ("jinja2", "matplotlib"))
+    execute(WITH_PICTURES if drawn else STAGES, recipe, flags(settings), how)
 
 
 @app.command(sort_key=1)
@@ -147,7 +151,7 @@ def train(
     train: Annotated[config.Train, Flat] = config.Train(),  # noqa: B008
     how: Annotated[How, Flat] = How(),  # noqa: B008
 ) -> None:
-    """Stage 2: a linear head on a frozen encoder learns the ratings."""
+    """Stage 2: a head on a frozen encoder learns the ratings."""
     execute(["train"], recipe, {**flags(common), "train": flags(train)}, how)
 
 
@@ -311,13 +315,13 @@ def execute(
 
 def check_ahead(recipe: Recipe) -> None:
     """Find what would stop a later stage before the first token is paid for."""
-    from pipeline import filter, models, prompts, score, train
+    from pipeline import filter, lesson, models, prompts, score, train
     from pipeline.shards import find_shards
 
     filter.check_one_cut(recipe.filter)
     models.locate(recipe.encoder.model, "encoder.model")
     prompt = prompts.load(required(recipe.rate.prompt, "rate.prompt", "prompts/edu-en.md"))
-    train.check_good_from(train.good_from(recipe, prompt.scale), prompt.scale)
+    train.check_good_from(lesson.good_from(recipe, prompt.scale), prompt.scale)
     if recipe.rate.sample < train.FEWEST:
         raise UserError(
             f"rate.sample: {recipe.rate.sample} ratings are too few to train on; {train.FEWEST} is the least"

@@ -247,7 +247,7 @@ class Train(Settings):
     args: dict[str, Any] = {}
     """Passed verbatim to Hugging Face's TrainingArguments (head: full), such as num_train_epochs: 5."""
     validation_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
-    """Share of the ratings on which cuts are chosen."""
+    """Share of the ratings on which cuts are chosen, beside what was held out in cross-validation."""
     test_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
     """Share of the ratings that is only reported on."""
     near_duplicates: Share | None = 0.8
@@ -286,11 +286,12 @@ class Export(Settings):
 
 
 CUTS = ("min_score", "min_int_score", "keep_share", "keep_documents", "keep_tokens", "precision")
-"""Ways to choose what is kept; one is given."""
+"""Ways to choose what is kept; one is given, or min_score or min_int_score beside an amount."""
 
 
 class Filter(Settings):
-    """Stage 4: the best documents are kept. Give one of the six cuts; gristmill plan shows what each would keep."""
+    """Stage 4: the best documents are kept. Give one of the six cuts, or a threshold and an amount; gristmill plan
+    shows what each would keep."""
 
     min_score: float | None = None
     """Keep documents with at least this score."""
@@ -301,7 +302,8 @@ class Filter(Settings):
     keep_documents: Count | None = None
     """Keep so many documents; ties at the cut are kept."""
     keep_tokens: Annotated[Count | None, BeforeValidator(whole_number)] = None
-    """Keep the best documents with so many tokens in all, such as 10B."""
+    """Keep the best documents with at most so many tokens in all, such as 10B; documents of one score are kept or
+    dropped together."""
     precision: Share | None = None
     """Keep as much as can be kept with this share of it good by the teacher, as far as ratings or audit tell."""
     per_group: str | None = None
@@ -310,7 +312,7 @@ class Filter(Settings):
     """What is kept: the best; a draw with probability growing as exp(score / temperature) (QuRating,
     arXiv:2402.09739); or a draw in inverse proportion to how many documents are alike (arXiv:2402.09668)."""
     temperature: Positive = 1.0
-    """Of the gumbel draw, in points of the scale: near 0 the best are kept, large ones draw uniformly."""
+    """Of the gumbel draw, in points of the score: near 0 the best are kept, large ones draw uniformly."""
     tokens_column: str | None = None
     """Column with each document's tokens, such as token_count; without it 4 bytes of text count as one."""
     scored: Path | None = None

@@ -13,13 +13,14 @@ from pipeline.reading import Reading, Reason
 
 
 class Verdict(NamedTuple):
-    """What the opinions on one document come to."""
+    """What the opinions on one document come to. `probabilities` of each value: where each score is a mean of some."""
 
     score: float | None
     reason: Reason | None
     attributes: dict[str, float]
     spread: float | None
     n_opinions: int
+    probabilities: dict[float, float] | None = None
 
 
 def verdicts(panel: list[Opinions], consensus: str) -> list[Verdict]:
@@ -40,7 +41,16 @@ def verdict(readings: list[Reading], middle: Any) -> Verdict:
         reason = Counter(reading.reason for reading in readings if reading.reason).most_common(1)[0][0]
         return Verdict(None, reason, attributes, None, 0)
     spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
-    return Verdict(float(middle(scores)), None, attributes, spread, len(scores))
+    return Verdict(float(middle(scores)), None, attributes, spread, len(scores), mean_probabilities(readings))
+
+
+def mean_probabilities(readings: list[Reading]) -> dict[float, float] | None:
+    """The mean probability of each value over the opinions that gave a score; None if one of them has none."""
+    given = [reading.probabilities for reading in readings if reading.score is not None]
+    known = [each for each in given if each is not None]
+    if len(known) < len(given):
+        return None
+    return {value: float(np.mean([each.get(value, 0.0) for each in known])) for each in known for value in each}
 
 
 def agreements(panel: list[Opinions], scale: tuple[float, float]) -> list[dict[str, Any]]:

@@ -1,197 +1,172 @@
 """How well a student learned each target: the figures on its test part."""
 
-from collections import Counter
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from pipeline import metrics
+from pipeline import calibration, metrics
+from pipeline.label_figures import Intervals, LabelFigures, MultiLabelFigures
 from pipeline.metrics import Floats
-
-T = TypeVar("T")
-
-PerLabel = dict[str, dict[str, float | int]]
-"""Precision, recall, F1 and support (documents that have the label) of each label that occurs on either side."""
 
 
 class ScoreFigures(BaseModel, frozen=True, extra="forbid"):
-    """How well a score was learned; every figure but `cut` is on the test part, which nothing was chosen on."""
+    """How well a score was learned; every figure but cuts and curve is on the test part, which nothing was chosen
+    on."""
 
     n_test: int
     n_missing: int
     """Documents without this score, of which something else is known."""
+    head: str
     strength: float
-    """Ridge penalty."""
+    """Penalty on the squared weights."""
     good_from: float
     """Teacher score from which a document counts as good."""
     good_share: float
     """Share of the test part that is: the precision of keeping everything."""
     cut: float
-    """Student score that finds them best, chosen on the validation part."""
+    """Student score that finds them best, chosen on held-out predictions."""
     spearman: float | None
     mae: float
+    kappa: float | None
+    """Quadratic weighted kappa of the whole scores as they are written."""
+    kappa_half_up: float | None
     macro_f1: float
+    """F1 averaged over the whole scores as they are written."""
+    macro_f1_half_up: float
     auc: float | None
     """Student's score against good or not by the teacher."""
     kept: dict[str, float]
     """Precision, recall and F1 of what the student keeps at `cut`, against the teacher."""
     kept_at_good_from: dict[str, float]
     """The same with the student cut at good_from itself."""
+    intervals: Intervals
+    rounding: str
+    """How whole scores are written: fitted or half_up."""
+    int_cuts: list[float]
+    """Lowest score of each whole score above the lowest, fitted on held-out predictions."""
+    int_score_counts: dict[str, dict[str, int]]
+    """Documents at each whole score: by the teacher, and by the student under either rounding."""
+    kept_shares: dict[str, float]
+    """Share of documents whose whole score is at least good_from, under either rounding."""
+    confusion: dict[str, dict[str, int]]
+    """Documents by the teacher's whole score, then by the student's as written."""
+    calibration: list[dict[str, Any]]
+    """Mean predicted and actual score in bins of the prediction."""
+    ceiling: dict[str, Any] | None
+    """The teacher's agreement with itself, over documents that it rated more than once, and whether the student's
+    kappa reaches its interval."""
+    learning_curve: dict[str, Any] | None
     gold: dict[str, Any] | None
     """The student against the known quality."""
-
-
-class LabelFigures(BaseModel, frozen=True, extra="forbid"):
-    """How well one label of several was learned, on the test part."""
-
-    n_test: int
-    n_missing: int
-    """Documents without this label, of which something else is known."""
-    n_rare_labels: int
-    """Labels that fewer than two documents of the train part have."""
-    strength: float
-    """Penalty on the squared weights: 1 / C."""
-    accuracy: float
-    majority_share: float
-    """Accuracy of always guessing the commonest label of the train part."""
-    macro_f1: float
-    per_label: PerLabel
-    confusion: dict[str, dict[str, int]]
-    """Documents by the teacher's label, then by the student's; pairs that do not occur are left out."""
-
-
-class MultiLabelFigures(BaseModel, frozen=True, extra="forbid"):
-    """How well any number of labels was learned, on the test part."""
-
-    n_test: int
-    n_missing: int
-    """Documents whose labels are not known, of which something else is; one that has none is no such."""
-    n_rare_labels: int
-    """Labels that fewer than two documents of the train part have."""
-    strength: float
-    """Penalty on the squared weights: 1 / C."""
-    exact_match: float
-    """Share of documents with all labels right."""
-    majority_share: float
-    """Exact match of always guessing the commonest set of labels of the train part."""
-    micro_f1: float
-    macro_f1: float
-    per_label: PerLabel
 
 
 Figures = ScoreFigures | LabelFigures | MultiLabelFigures
 
 
-def of_score(
-    truth: Floats,
-    guess: Floats,
-    scale: tuple[float, float],
-    good_from: float,
-    cut: float,
-    gold: dict[str, Any] | None,
-    n_missing: int,
-    strength: float,
-) -> ScoreFigures:
-    """Student's scores (n,) against the teacher's."""
-    good = truth >= good_from
+class Judged(NamedTuple):
+    """The student's scores beside the teacher's, and how they are read."""
+
+    truth: Floats
+    """(n,)"""
+    guess: Floats
+    """(n,)"""
+    scale: tuple[float, float]
+    good_from: float
+    cut: float
+    cuts: tuple[float, ...]
+    """Of the fitted rounding."""
+    rounding: str
+
+
+def of_score(judged: Judged, ceiling: dict[str, Any] | None, **known: Any) -> ScoreFigures:
+    """Figures of the test part; the ceiling and what else is `known` come from elsewhere."""
+    truth, guess, scale, good_from = judged.truth, judged.guess, judged.scale, judged.good_from
+    whole = whole_scores(judged)
+    of_all: dict[str, Any] = {name: value(rows, *arrays) for name, (rows, arrays) in measures(judged).items()}
+    ranges = {name: metrics.bootstrap_interval(rows, *arrays) for name, (rows, arrays) in measures(judged).items()}
     return ScoreFigures(
         n_test=len(truth),
-        n_missing=n_missing,
-        strength=strength,
         good_from=good_from,
-        good_share=float(good.mean()),
-        cut=cut,
-        spearman=metrics.spearman(truth, guess),
-        mae=float(np.mean(np.abs(truth - guess))),
-        macro_f1=metrics.macro_f1(metrics.int_scores(truth, scale), metrics.int_scores(guess, scale)),
-        auc=metrics.auc(good, guess),
-        kept=metrics.kept_class(good, guess >= cut),
-        kept_at_good_from=metrics.kept_class(good, guess >= good_from),
-        gold=gold,
+        good_share=float((truth >= good_from).mean()),
+        cut=judged.cut,
+        **{name: found for name, found in of_all.items() if "." not in name},
+        kept=metrics.kept_class(truth >= good_from, guess >= judged.cut),
+        kept_at_good_from=metrics.kept_class(truth >= good_from, guess >= good_from),
+        intervals=ranges,
+        rounding=judged.rounding,
+        int_cuts=list(judged.cuts),
+        int_score_counts={name: calibration.counts(ints, scale) for name, ints in whole.items()},
+        kept_shares={name: float((whole[name] >= good_from).mean()) for name in ("fitted", "half_up")},
+        confusion=confusion(whole["teacher"], whole[judged.rounding]),
+        calibration=calibration.curve(truth, guess),
+        ceiling=ceiling and {**ceiling, "reached": reaches(of_all["kappa"], ceiling)},
+        **known,
     )
 
 
-def of_label(
-    learned: list[str], truth: list[str], guess: list[str], all_labels: Sequence[str], n_missing: int, strength: float
-) -> LabelFigures:
-    """Student's labels against the teacher's; `learned` are those of the train part."""
-    figures = per_label([{label} for label in truth], [{label} for label in guess])
-    return LabelFigures(
-        n_test=len(truth),
-        n_missing=n_missing,
-        n_rare_labels=n_rare(all_labels, Counter(learned)),
-        strength=strength,
-        accuracy=share_equal(truth, guess),
-        majority_share=share_equal(truth, [commonest(learned)] * len(truth)),
-        macro_f1=macro_f1(figures),
-        per_label=figures,
-        confusion=confusion(truth, guess),
-    )
+def whole_scores(judged: Judged) -> dict[str, NDArray[np.int8]]:
+    """The teacher's whole scores, and the student's under either rounding: (n,) each."""
+    return {
+        "teacher": metrics.int_scores(judged.truth, judged.scale),
+        "fitted": metrics.int_scores(judged.guess, judged.scale, judged.cuts),
+        "half_up": metrics.int_scores(judged.guess, judged.scale),
+    }
 
 
-def of_labels(
-    learned: list[frozenset[str]],
-    truth: list[frozenset[str]],
-    guess: list[frozenset[str]],
-    all_labels: Sequence[str],
-    n_missing: int,
-    strength: float,
-) -> MultiLabelFigures:
-    """Student's sets of labels against the teacher's; `learned` are those of the train part."""
-    figures = per_label(truth, guess)
-    return MultiLabelFigures(
-        n_test=len(truth),
-        n_missing=n_missing,
-        n_rare_labels=n_rare(all_labels, Counter(label for labels in learned for label in labels)),
-        strength=strength,
-        exact_match=share_equal(truth, guess),
-        majority_share=share_equal(truth, [commonest(learned)] * len(truth)),
-        micro_f1=micro_f1(truth, guess),
-        macro_f1=macro_f1(figures),
-        per_label=figures,
-    )
+Measure = tuple[Callable[..., Floats], tuple[NDArray[Any], ...]]
 
 
-def per_label(truth: Sequence[set[str] | frozenset[str]], guess: Sequence[set[str] | frozenset[str]]) -> PerLabel:
-    """Precision, recall, F1 and support of every label that occurs on either side, in the order of the alphabet."""
-    figures: PerLabel = {}
-    for label in sorted(set().union(*truth, *guess)):
-        has, said = (np.array([label in labels for labels in side], dtype=bool) for side in (truth, guess))
-        figures[label] = {**metrics.kept_class(has, said), "support": int(has.sum())}
-    return figures
+def measures(judged: Judged) -> dict[str, Measure]:
+    """Each figure that has an interval: a function of rows, and the arrays (n,) that it takes."""
+    truth, guess, whole = judged.truth, judged.guess, whole_scores(judged)
+    good = truth >= judged.good_from
+    written, half_up = ((whole["teacher"], whole[name]) for name in (judged.rounding, "half_up"))
+    found: dict[str, Measure] = {
+        "spearman": (metrics.spearman_rows, (truth, guess)),
+        "mae": (metrics.mae_rows, (truth, guess)),
+        "kappa": (metrics.kappa_rows, written),
+        "kappa_half_up": (metrics.kappa_rows, half_up),
+        "macro_f1": (metrics.macro_f1_rows, written),
+        "macro_f1_half_up": (metrics.macro_f1_rows, half_up),
+        "auc": (metrics.auc_rows, (good, guess)),
+    }
+    for name, cut in (("kept", judged.cut), ("kept_at_good_from", judged.good_from)):
+        found |= {f"{name}.{share}": (kept(share), (good, guess >= cut)) for share in ("precision", "recall", "f1")}
+    return found
 
 
-def macro_f1(figures: PerLabel) -> float:
-    """F1 averaged over the labels that occur on either side; 0 where none does."""
-    return sum(each["f1"] for each in figures.values()) / max(len(figures), 1)
+def kept(share: str) -> Callable[..., Floats]:
+    """Precision, recall or F1 of rows."""
+    return lambda truth, kept: metrics.kept_rows(truth, kept)[share]
 
 
-def micro_f1(truth: list[frozenset[str]], guess: list[frozenset[str]]) -> float:
-    """F1 over all pairs of document and label; 0 where there are none."""
-    n_right = sum(len(a & b) for a, b in zip(truth, guess, strict=True))
-    return 2 * n_right / max(sum(map(len, truth)) + sum(map(len, guess)), 1)
+def value(rows: Callable[..., Floats], *arrays: NDArray[Any]) -> float | None:
+    """A measure of all documents; None where it is not defined."""
+    found = float(rows(*(array[None] for array in arrays))[0])
+    return found if np.isfinite(found) else None
 
 
-def share_equal(truth: Sequence[T], guess: Sequence[T]) -> float:
-    """Share of documents on which both sides say the same."""
-    return sum(a == b for a, b in zip(truth, guess, strict=True)) / len(truth)
-
-
-def commonest(values: list[T]) -> T:
-    """The commonest value; of several, the one that comes first."""
-    return Counter(values).most_common(1)[0][0]
-
-
-def n_rare(labels: Sequence[str], counts: Counter[str]) -> int:
-    """Labels that occur, but in fewer than two documents of the train part."""
-    return sum(counts[label] < 2 for label in labels)
-
-
-def confusion(truth: list[str], guess: list[str]) -> dict[str, dict[str, int]]:
-    """Documents by true label, then by guessed one."""
+def confusion(truth: NDArray[np.int8], guess: NDArray[np.int8]) -> dict[str, dict[str, int]]:
+    """Documents by the teacher's whole score, then by the student's; pairs that do not occur are left out."""
     table: dict[str, dict[str, int]] = {}
-    for (a, b), count in sorted(Counter(zip(truth, guess, strict=True)).items()):
-        table.setdefault(a, {})[b] = count
+    for (a, b), n in zip(*np.unique(np.stack([truth, guess], axis=1), axis=0, return_counts=True), strict=True):
+        table.setdefault(str(a), {})[str(b)] = int(n)
     return table
+
+
+def reaches(kappa: float | None, ceiling: dict[str, Any]) -> bool:
+    """Whether the student agrees with the teacher as well as the teacher with itself, as far as can be told."""
+    interval = ceiling["kappa_interval"]
+    return kappa is not None and interval is not None and kappa >= interval[0]
+
+
+def ceiling_of(repeated: tuple[Floats, ...], scale: tuple[float, float]) -> dict[str, Any] | None:
+    """How far the teacher agrees with itself: repeats of one teacher with one prompt, (n_repeats, n_documents) each,
+    of those that the most documents were rated with; None without."""
+    from pipeline.consensus import pairwise
+
+    found = max((pairwise(scores, scale) for scores in repeated), key=lambda each: each["n"], default=None)
+    return found if found and found["n"] > 2 else None

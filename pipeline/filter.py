@@ -1,46 +1,39 @@
 """Stage 4: the best documents are kept, and every dropped one is counted."""
 
-import base64
+import hashlib
 import heapq
-import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import config, corpus, metrics, storage
+from pipeline import choice, config, corpus, judged, scored, storage
+from pipeline import rule as rules
 from pipeline.config import Recipe
 from pipeline.errors import UserError
-from pipeline.formats import check_column
-from pipeline.shards import Counts, Shard, find_shards, fingerprint
-from pipeline.tracking import Result, progress, read_json, stage, upstream
+from pipeline.keys import AMOUNTS, THRESHOLDS, Survey, reaches, surveyed
+from pipeline.rule import Rule
+from pipeline.shards import Counts, Shard, fingerprint
+from pipeline.sinks import SINKS
+from pipeline.tracking import Result, progress, stage
 
 log = logging.getLogger("gristmill")
 
 N_EXAMPLES = 3
 EXAMPLE_CHARACTERS = 160
 
-Scores = NDArray[np.float32]
 Example = tuple[int, float, str]
 """(priority, score, beginning of the text)"""
 Examples = dict[str, list[Example]]
 """A few rows that were kept, and a few that were dropped."""
 
 REASON = pa.field("dropped_reason", pa.string())
-
-
-class Rule(NamedTuple):
-    """Rows whose `column` is at least `cut` are kept."""
-
-    column: str
-    cut: float
 
 
 class FilterResult(Result):
@@ -51,146 +44,156 @@ class FilterResult(Result):
     n_dropped: int
     dropped: dict[str, int]
     kept_share: float
-    cut: float
-    """Lowest score that is kept; of int_score where the cut is made there."""
+    n_tokens: int | None
+    n_tokens_kept: int | None
+    """None where the scored corpus has no text and filter.tokens_column is not set."""
+    tokens_counted_by: str | None
+    """The column they stand in, or how many bytes of text count as one."""
+    cut: float | None
+    """Lowest score that is kept; of int_score where the cut is made there; None where it differs by group or by
+    chance."""
+    groups: list[dict[str, Any]]
+    """With filter.per_group: value, n_rows, n_kept, n_tokens_kept and cut of each, largest first."""
+    quality: dict[str, Any] | None
+    """Precision, recall and base rate of the kept set against the teacher, with 95% intervals, estimated for the
+    corpus from the audit or the ratings; None where there are none, by group, and with density."""
+    test_quality: dict[str, Any] | None
+    """The same from the test part of the ratings, by which nothing is chosen."""
     examples_kept: list[dict[str, Any]]
     examples_dropped: list[dict[str, Any]]
+
+
+class Tally:
+    """What became of the rows, in all and by group."""
+
+    def __init__(self, n_groups: int) -> None:
+        self.counts = Counts()
+        self.fates: Counter[str] = Counter()
+        self.has_tokens = True
+        self.n_tokens = 0
+        self.n_rows, self.n_kept, self.n_tokens_kept = np.zeros((3, n_groups), np.int64)
+        self.lowest = np.full(n_groups, math.inf)
+        """Lowest score that was kept."""
+        self.examples: Examples = {"kept": [], "dropped": []}
 
 
 def run(recipe: Recipe, redo: bool = False) -> FilterResult:
     """Choose the cut, then write each shard's rows to the kept corpus or aside."""
     check_one_cut(recipe.filter)
-    folder = upstream(recipe.filter.scored, recipe, "score/scored", "filter")
-    if folder.resolve().is_relative_to((recipe.run_folder / "filter").resolve()):
-        raise UserError(f"filter.scored: {folder} is where this run's kept corpus goes; give another run_folder")
-    scored = config.Corpus(path=str(folder), text_column=recipe.corpus.text_column)
-    found = find_shards(scored)
-    check_complete(recipe, found)
-    with stage("filter", recipe, inputs(recipe, found)) as work:
+    check_apart(recipe)
+    found, shards = scored.locate(recipe, "filter")
+    with stage("filter", recipe, inputs(recipe, shards)) as work:
         done = work.finished(FilterResult, redo, (work.folder / "kept").exists())
         if done:
             return done
-        for side in ("kept", "dropped"):
-            storage.sweep(work.folder / side, keep=set())
-        rule = choose_rule(recipe.filter, scored, found)
-        counts, tally = Counts(), Counter[str]()
-        examples: Examples = {"kept": [], "dropped": []}
-        with progress("filter", corpus.n_rows(found)) as step:
-            for shard in found:
-                before = counts.n_rows
-                tally += write_shard(shard, scored, recipe, rule, work.folder, examples, counts)
-                step(counts.n_rows - before)
-        return work.finish(summarise(tally, counts.n_rows, examples, rule.cut, work.seconds))
+        survey, floor = Survey(recipe.filter, found, recipe.seed), rules.floor_of(recipe.filter)
+        with surveyed(survey, shards, floor, recipe.seed, work.folder / "keys") as paths:
+            rule, tally = rules.choose(recipe, survey, floor, tuple(paths)), Tally(max(1, len(survey.n_scored)))
+            for side in ("kept", "dropped"):
+                storage.sweep(work.folder / side, keep=set())
+            with progress("filter", corpus.n_rows(shards)) as step:
+                for number, shard in enumerate(shards):
+                    step(write_shard(shard, number, survey, recipe, rule, work.folder, tally))
+        return work.finish(summarise(recipe, survey, rule, tally, work.seconds))
 
 
 def check_one_cut(settings: config.Filter) -> None:
-    """Exactly one way to choose must be given."""
+    """One way to choose must be given, or an amount of what reaches a threshold; drawing needs an amount."""
     given = [name for name in config.CUTS if getattr(settings, name) is not None]
-    if len(given) != 1:
-        said = " and ".join(given) or "none"
-        raise UserError(f"filter: give one of min_score, min_int_score and keep_share; given: {said}")
+    said = " and ".join(given) or "none"
+    amounts, thresholds = set(given) & set(AMOUNTS), set(given) & set(THRESHOLDS)
+    both = len(amounts) == len(thresholds) == 1 and len(given) == 2
+    if len(given) != 1 and not both:
+        raise UserError(
+            f"filter: give one of {', '.join(config.CUTS)}, or min_score with an amount; given: {said}. Run gristmill"
+            " plan to see what each cut would keep"
+        )
+    drawn = "sampling: " + settings.sampling if settings.sampling != "top" else "per_group" * bool(settings.per_group)
+    if drawn and not amounts:
+        raise UserError(
+            f"filter.{drawn} needs an amount, keep_share, keep_documents or keep_tokens; {said} alone keeps whatever"
+            " reaches it"
+        )
 
 
-def check_complete(recipe: Recipe, found: list[Shard]) -> None:
-    """Refuse this run's scored corpus when shards of it are gone."""
-    scored = {} if recipe.filter.scored else read_json(recipe.run_folder / "score" / "inputs.json") or {}
-    missing = sorted(scored.get("shards", {}).keys() - {shard.name for shard in found})
-    if missing:
-        raise UserError(f"filter: {missing[0]} is missing from the scored corpus; run gristmill score again")
+def check_apart(recipe: Recipe) -> None:
+    """Refuse to read what is about to be overwritten."""
+    folder = recipe.filter.scored
+    if folder and folder.resolve().is_relative_to((recipe.run_folder / "filter").resolve()):
+        raise UserError(f"filter.scored: {folder} is where this run's kept corpus goes; give another run_folder")
 
 
 def inputs(recipe: Recipe, found: list[Shard]) -> dict[str, Any]:
     """Everything that decides what is kept."""
+    files = judged.files(recipe) if recipe.filter.precision is not None else []
+    drawn_by = {} if recipe.filter.sampling == "top" else {"id_column": recipe.corpus.id_column}
     return {
         "filter": recipe.filter.identity(),
         "seed": recipe.seed,
+        **drawn_by,
         "shards": {shard.name: fingerprint(shard) for shard in found},
+        **{path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files if path.exists()},
     }
-
-
-# -- the cut ----------------------------------------------------------------------------------------------------------
-
-
-def choose_rule(settings: config.Filter, scored: config.Corpus, found: list[Shard]) -> Rule:
-    """The column that decides, and the lowest value that is kept."""
-    for shard in found:
-        for name in ("score", "int_score"):
-            check_column(corpus.read_schema(shard, scored), name, shard)
-    if settings.min_int_score is not None:
-        return Rule("int_score", settings.min_int_score)
-    if settings.min_score is not None:
-        return Rule("score", float(np.float32(settings.min_score)))
-    assert settings.keep_share is not None
-    return Rule("score", share_cut(settings.keep_share, lambda: score_arrays(scored, found)))
-
-
-def score_arrays(scored: config.Corpus, found: list[Shard]) -> Iterator[Scores]:
-    """The scores of the corpus, null ones left out, batch by batch."""
-    for shard in found:
-        for batch in corpus.read(shard, scored, Counts(), ["score"]):
-            yield batch.column("score").drop_null().to_numpy(zero_copy_only=False).astype(np.float32)
-
-
-def share_cut(share: float, arrays: Callable[[], Iterator[Scores]]) -> float:
-    """The score at which `share` of all scores is at or above it: exact, two passes, constant memory.
-
-    Scores are counted by their upper 16 bits, then, within the one group that holds the cut, by their lower 16.
-    """
-    upper = sum((np.bincount(metrics.sortable(a) >> 16, minlength=65536) for a in arrays()), np.zeros(65536, np.int64))
-    n_keep = round(share * int(upper.sum()))
-    if n_keep == 0:
-        raise UserError(f"filter.keep_share: {share:g} of {int(upper.sum())} scored documents is none; raise it")
-    group, before = from_top(upper, n_keep)
-    lower = np.zeros(65536, np.int64)
-    for array in arrays():
-        keys = metrics.sortable(array)
-        lower += np.bincount(keys[keys >> 16 == group] & 0xFFFF, minlength=65536)
-    low, _ = from_top(lower, n_keep - before)
-    return metrics.unsortable(group << 16 | low)
-
-
-def from_top(counts: NDArray[np.int64], n: int) -> tuple[int, int]:
-    """The bin that holds the n-th largest, and how many lie above that bin."""
-    above = np.cumsum(counts[::-1])
-    position = int(np.searchsorted(above, n))
-    return len(counts) - 1 - position, int(above[position - 1]) if position else 0
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_shard(
-    shard: Shard,
-    scored: config.Corpus,
-    recipe: Recipe,
-    rule: Rule,
-    folder: Path,
-    examples: Examples,
-    counts: Counts,
-) -> Counter[str]:
-    """Send each row of a scored shard to the kept corpus or aside; returns what became of them."""
-    schema = corpus.read_schema(shard, scored)
-    sink = SINKS[recipe.filter.output_format]
-    tally: Counter[str] = Counter()
+    shard: Shard, number: int, survey: Survey, recipe: Recipe, rule: Rule, folder: Path, tally: Tally
+) -> int:
+    """Send each row of a scored shard to the kept corpus or aside, and count what became of it; the number of rows."""
+    found, sink = survey.found, SINKS[recipe.filter.output_format]
+    schema = corpus.read_schema(shard, found)
+    start = 0
     with ExitStack() as files:
         keep = files.enter_context(sink(folder / "kept" / shard.name, schema))
         aside = folder / "dropped" / shard.name
         drop = files.enter_context(sink(aside, schema.append(REASON))) if recipe.filter.keep_dropped else None
-        for batch in corpus.read(shard, scored, counts):
-            reasons = reasons_to_drop(batch, rule)
+        for batch in corpus.read(shard, found, tally.counts):
+            reasons = reasons_to_drop(batch, rule, chosen(rule, number, start, batch.num_rows))
             kept = np.array([reason is None for reason in reasons], dtype=bool)
-            tally.update(reason or "kept" for reason in reasons)
-            remember(batch, scored, shard, kept, recipe.seed, examples)
+            tally.fates.update(reason or "kept" for reason in reasons)
+            count(batch, shard, survey, kept, tally)
+            remember(batch, found, shard, kept, recipe.seed, tally.examples)
             keep(batch.filter(pa.array(kept)))
             if drop is not None:
                 drop(batch.append_column(REASON, pa.array(reasons, pa.string())).filter(pa.array(~kept)))
-    return tally
+            start += batch.num_rows
+    return start
 
 
-def reasons_to_drop(batch: pa.RecordBatch, rule: Rule) -> list[str | None]:
+def chosen(rule: Rule, number: int, start: int, n: int) -> NDArray[np.bool_]:
+    """Whether the keys of the next `n` rows of a shard reach their cut: (n,)."""
+    if rule.cuts is None:
+        return np.ones(n, bool)
+    rows = np.fromfile(rule.paths[number], choice.ROW, n, offset=start * choice.ROW.itemsize)
+    return choice.is_kept(rows, rule.cuts)
+
+
+def reasons_to_drop(batch: pa.RecordBatch, rule: Rule, is_chosen: NDArray[np.bool_]) -> list[str | None]:
     """Why each row is dropped; None for one that is kept."""
-    values = batch.column(rule.column).cast(pa.float32()).to_pylist()
-    return ["no_text" if v is None else f"{rule.column}_below_cut" if not v >= rule.cut else None for v in values]
+    reasons = np.full(batch.num_rows, None, object)
+    reasons[~is_chosen] = rule.reason
+    if rule.floor:
+        reasons[~reaches(batch, rule.floor)] = f"{rule.floor.column}_below_cut"
+    reasons[np.isnan(scored.scores(batch))] = "score_is_nan"
+    reasons[batch.column("score").is_null().to_numpy(zero_copy_only=False)] = "no_text"
+    return list(reasons)
+
+
+def count(batch: pa.RecordBatch, shard: Shard, survey: Survey, kept: NDArray[np.bool_], tally: Tally) -> None:
+    """Add a batch to what is known of the kept and dropped rows."""
+    group, size = survey.code(batch, shard), len(tally.n_rows)
+    tally.n_rows += np.bincount(group, minlength=size)
+    tally.n_kept += np.bincount(group[kept], minlength=size)
+    np.minimum.at(tally.lowest, group[kept], scored.scores(batch)[kept])
+    column = survey.settings.tokens_column
+    tally.has_tokens &= scored.has_tokens(batch, column, survey.found)
+    if tally.has_tokens:
+        n_tokens = scored.tokens(batch, column, survey.found, shard)
+        tally.n_tokens += int(n_tokens.sum())
+        np.add.at(tally.n_tokens_kept, group[kept], n_tokens[kept])
 
 
 def remember(
@@ -220,66 +223,64 @@ def remember(
             heapq.heappop(heap)
 
 
-def summarise(tally: Counter[str], n_rows: int, examples: Examples, cut: float, seconds: float) -> FilterResult:
+# -- what was done ----------------------------------------------------------------------------------------------------
+
+
+def summarise(recipe: Recipe, survey: Survey, rule: Rule, tally: Tally, seconds: float) -> FilterResult:
     """Counts over all shards; every row must be kept or dropped."""
-    n_kept = tally.pop("kept", 0)
-    n_dropped = sum(tally.values())
+    n_rows, fates = tally.counts.n_rows, Counter(tally.fates)
+    n_kept = fates.pop("kept", 0)
+    n_dropped = sum(fates.values())
     assert n_rows == n_kept + n_dropped, f"{n_rows} rows in, {n_kept} + {n_dropped} out"
+    assert tally.n_rows.sum() == n_rows and tally.n_kept.sum() == n_kept, "groups do not add up"
+    cut = cut_of(rule, tally, recipe.filter)
     if not n_kept:
-        log.warning("filter: nothing reaches %g, so nothing is kept", cut)
-    shown = {
-        side: [{"score": round(score, 3), "text": text} for _, score, text in sorted(heap, reverse=True)]
-        for side, heap in examples.items()
-    }
+        log.warning("filter: nothing reaches %g, so nothing is kept", rule.floor.cut if rule.floor else math.inf)
+    kept = rules.chance(recipe.filter, survey, rule, float(tally.lowest[0]))
+    lie = survey.scores.lie()
     return FilterResult(
         seconds=seconds,
         n_rows=n_rows,
         n_kept=n_kept,
         n_dropped=n_dropped,
-        dropped=dict(sorted(tally.items())),
+        dropped=dict(sorted(fates.items())),
         kept_share=n_kept / max(n_rows, 1),
+        n_tokens=tally.n_tokens if tally.has_tokens else None,
+        n_tokens_kept=int(tally.n_tokens_kept.sum()) if tally.has_tokens else None,
+        tokens_counted_by=scored.tokens_counted_by(recipe) if tally.has_tokens else None,
         cut=cut,
-        examples_kept=shown["kept"],
-        examples_dropped=shown["dropped"],
+        groups=groups(survey, tally) if recipe.filter.per_group else [],
+        quality=judged.quality(judged.to_choose(recipe), *lie, kept) if kept else None,
+        test_quality=judged.quality(judged.to_report(recipe), *lie, kept) if kept else None,
+        examples_kept=shown(tally.examples["kept"]),
+        examples_dropped=shown(tally.examples["dropped"]),
     )
 
 
-# -- sinks ------------------------------------------------------------------------------------------------------------
-
-Sink = Callable[[pa.RecordBatch], None]
-
-
-@contextmanager
-def parquet_sink(path: Path, schema: pa.Schema) -> Iterator[Sink]:
-    """Writes record batches to a parquet shard."""
-    with storage.shard_writer(path, schema) as writer:
-        yield writer.write_batch
+def shown(heap: list[Example]) -> list[dict[str, Any]]:
+    """Examples as a result holds them."""
+    return [{"score": round(score, 3), "text": text} for _, score, text in sorted(heap, reverse=True)]
 
 
-@contextmanager
-def jsonl_sink(path: Path, _: pa.Schema) -> Iterator[Sink]:
-    """Writes record batches as JSON lines, under the shard's name with .jsonl at its end."""
-    with storage.atomic(path.with_suffix(".jsonl")) as temporary, temporary.open("w", encoding="utf-8") as file:
-        yield lambda batch: write_lines(file, batch)
+def cut_of(rule: Rule, tally: Tally, settings: config.Filter) -> float | None:
+    """The lowest score, or int_score, that is kept; None where that says nothing."""
+    if rule.cuts is None:
+        return rule.floor.cut if rule.floor else None
+    one = settings.sampling == "top" and not settings.per_group and tally.n_kept.any()
+    return float(tally.lowest[0]) if one else None
 
 
-SINKS = {"parquet": parquet_sink, "jsonl": jsonl_sink}
-
-
-def write_lines(file: IO[str], batch: pa.RecordBatch) -> None:
-    """Rows as JSON lines; what JSON has no form for (times, decimals) as text."""
-    columns = [corpus.decoded(column)[0] for column in batch.columns]
-    for row in zip(*columns, strict=True):
-        named = dict(zip(batch.schema.names, row, strict=True))
-        file.write(json.dumps(plain(named), ensure_ascii=False, default=str) + "\n")
-
-
-def plain(value: Any) -> Any:
-    """What JSON can hold: bytes as base64, NaN and infinity as null."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def groups(survey: Survey, tally: Tally) -> list[dict[str, Any]]:
+    """What was kept of each group, the largest first."""
+    top = survey.settings.sampling == "top"
+    found = [
+        {
+            "value": value,
+            "n_rows": int(tally.n_rows[code]),
+            "n_kept": int(tally.n_kept[code]),
+            "n_tokens_kept": int(tally.n_tokens_kept[code]) if tally.has_tokens else None,
+            "cut": float(tally.lowest[code]) if top and tally.n_kept[code] else None,
+        }
+        for value, code in survey.groups.codes.items()
+    ]
+    return sorted(found, key=lambda group: (-group["n_rows"], group["value"]))

@@ -14,10 +14,18 @@ Figures = dict[str, int | float | Interval | None]
 """Figures by name; None where one is not defined."""
 
 
-def int_scores(scores: NDArray[np.floating], scale: tuple[float, float]) -> NDArray[np.int8]:
-    """Scores as whole numbers of the scale: half up (2.5 becomes 3), then clipped. Shape kept."""
-    rounded = np.floor(np.asarray(scores, dtype=np.float64) + 0.5)
-    return np.clip(rounded, np.ceil(scale[0]), np.floor(scale[1])).astype(np.int8)
+def int_scores(
+    scores: NDArray[np.floating], scale: tuple[float, float], cuts: Sequence[float] = ()
+) -> NDArray[np.int8]:
+    """Scores as whole numbers of the scale, shape kept: with cuts (the lowest score of each whole score above the
+    lowest) by how many of them a score reaches; without, half up (2.5 becomes 3), then clipped."""
+    values = np.asarray(scores, dtype=np.float64)
+    lowest, highest = np.ceil(scale[0]), np.floor(scale[1])
+    if not len(cuts):
+        return np.clip(np.floor(values + 0.5), lowest, highest).astype(np.int8)
+    assert len(cuts) == highest - lowest, f"{len(cuts)} cuts for {lowest:g} to {highest:g}"
+    reached = np.searchsorted(np.asarray(cuts, dtype=np.float64), values, side="right")
+    return np.asarray(lowest + reached).astype(np.int8)
 
 
 def spearman(a: Floats, b: Floats) -> float | None:
@@ -198,6 +206,30 @@ def kappa_rows(a: NDArray[np.integer], b: NDArray[np.integer]) -> Floats:
     misses = ((first - second) ** 2).mean(axis=1)
     chance = first.var(axis=1) + second.var(axis=1) + (first.mean(axis=1) - second.mean(axis=1)) ** 2
     return 1 - ratio(misses, chance)
+
+
+def mae_rows(a: Floats, b: Floats) -> Floats:
+    """Mean absolute difference of each row of (n_resamples, n)."""
+    return np.asarray(np.abs(a - b).mean(axis=1))
+
+
+def macro_f1_rows(truth: NDArray[np.integer], guess: NDArray[np.integer]) -> Floats:
+    """F1 of each row of (n_resamples, n), averaged over the whole scores that occur on either side of that row."""
+    values = np.unique(np.concatenate([truth.ravel(), guess.ravel()]))
+    f1 = np.array([kept_rows(truth == value, guess == value)["f1"] for value in values])
+    occurs = np.array([((truth == value) | (guess == value)).any(axis=1) for value in values])
+    return ratio((f1 * occurs).sum(axis=0), occurs.sum(axis=0))
+
+
+def kept_rows(truth: Bools, kept: Bools) -> dict[str, Floats]:
+    """Precision, recall and F1 of the kept documents in each row of (n_resamples, n); 0 where a share has no
+    members."""
+    hits, n_kept, n_true = (side.sum(axis=1).astype(np.float64) for side in (truth & kept, kept, truth))
+    return {
+        "precision": hits / np.maximum(n_kept, 1),
+        "recall": hits / np.maximum(n_true, 1),
+        "f1": 2 * hits / np.maximum(n_kept + n_true, 1),
+    }
 
 
 def ranks(rows: Floats) -> Floats:

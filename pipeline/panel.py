@@ -58,6 +58,10 @@ class Opinions(NamedTuple):
         kept = [position[text] for text in wanted]
         return Opinions(self.rater, [self.answers[i] for i in kept], [self.readings[i] for i in kept])
 
+    def first(self, n: int) -> "Opinions":
+        """The opinions on the first documents."""
+        return Opinions(self.rater, self.answers[:n], self.readings[:n])
+
 
 # -- who is asked -----------------------------------------------------------------------------------------------------
 

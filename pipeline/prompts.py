@@ -27,7 +27,10 @@ NUMBER = (
     rf"(?:{GAP}(?:/|(?:out{GAP})?of\b|de\b|sobre\b){GAP}(?P<out_of>\d+(?:[.,]\d+)?))?"
 )
 """A number and the scale it names (3, 3.5, 3,5, 3/5, 3 out of 5, 3 de 5), never the tail of a longer number."""
-TAKEN = {"id", "text", "score", "reason", "spread", "n_opinions", "stratum", "gold", "opinions", "int_score"}
+TAKEN = {
+    *("id", "text", "score", "reason", "spread", "n_opinions", "probabilities", "stratum", "group", "round", "gold"),
+    *("opinions", "int_score", "student_score", "student_int_score", "weight", "split"),
+}
 """Columns of the ratings and of scored shards that no attribute may be called."""
 READ_BY = {"attributes": ("json",), "main": ("json",), "rationale": ("json", "label"), "regex": ("generate",)}
 """Settings that only some ways of reading heed."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import consensus, metrics, panel, ratings, teacher
+from pipeline import consensus, metrics, panel, ratings, rounds, teacher
 from pipeline import gold as golds
 from pipeline.config import Recipe
 from pipeline.consensus import Verdict
@@ -25,15 +25,20 @@ log = logging.getLogger("gristmill")
 
 
 class RateResult(Result):
-    """What stage 1 did. Rates are shares of the sample; `mass` is the mean probability of all candidates."""
+    """What stage 1 did, with the sample and with every round that rate --next chose. What describes the corpus (mean
+    scores, counts of int scores, agreement, gold) is about the sample alone: rounds favour rare documents. `mass` is
+    the mean probability of all candidates."""
 
     n_rows: int
     n_empty: int
     n_bad_rows: int
     n_repaired_texts: int
     n_not_drawn: int
-    """Rows with text that the sample left out, copies of a drawn text among them."""
+    """Rows with text that are in neither the sample nor a round, copies of a drawn text among them."""
     n_sampled: int
+    """Documents of the sample and of all rounds."""
+    rounds: list[dict[str, Any]]
+    """The sample (round 0), then each round: documents, those scored, their mean and counts of int scores."""
     n_scored: int
     n_raters: int
     n_asked: int
@@ -79,10 +84,13 @@ def run(recipe: Recipe, redo: bool = False) -> RateResult:
     """Rate a sample; answers already recorded are not asked for again."""
     raters = panel.of(recipe)
     with stage("rate", recipe, inputs(recipe, raters)) as work:
-        done = work.finished(RateResult, redo, (work.folder / "ratings.parquet").exists())
+        n_rounds = len(rounds.files(work.folder))
+        done = work.finished(RateResult, redo, is_whole(work.folder, n_rounds))
         if done:
             return done
-        documents, counts = draw(recipe.corpus, recipe.rate, recipe.seed, recipe.rate.gold_column)
+        rate = recipe.rate
+        documents, counts = draw(recipe.corpus, rate, recipe.seed, rate.gold_column, rate.group_column)
+        documents += rounds.read(work.folder, documents, recipe.corpus)
         people = golds.read(recipe.rate.gold)[0] if recipe.rate.gold else []
         judged = golds.documents(people, documents) if people else []
         texts = list(dict.fromkeys(document.text for document in [*documents, *judged]))
@@ -90,13 +98,19 @@ def run(recipe: Recipe, redo: bool = False) -> RateResult:
             calibrate = recipe.rate.calibrate
             got = panel.collect("rate", raters, texts, store, recipe.rate, calibrate=calibrate)
             said = [panel.opinions(rater, texts, store, got.failed, calibrate) for rater in raters]
-        on_sample = [each.about(texts, [document.text for document in documents]) for each in said]
-        verdicts = consensus.verdicts(on_sample, recipe.rate.consensus)
-        ratings.write(work.folder / "ratings.parquet", documents, on_sample, verdicts)
+        on_documents = [each.about(texts, [document.text for document in documents]) for each in said]
+        verdicts = consensus.verdicts(on_documents, rate.consensus)
+        ratings.write(work.folder / "ratings.parquet", documents, on_documents, verdicts)
         human = against_people(work, people, judged, [each.about(texts, [d.text for d in judged]) for each in said])
-        result = summarise(work, documents, counts, on_sample, verdicts, got, texts, human)
-        check_readable(result, recipe, work, on_sample)
+        result = summarise(work, documents, counts, on_documents, verdicts, got, texts, human)
+        check_readable(result, recipe, work, on_documents)
         return work.finish(result)
+
+
+def is_whole(folder: Path, n_rounds: int) -> bool:
+    """Whether the ratings are there, those of all rounds among them."""
+    result = read_json(folder / "result.json") or {}
+    return (folder / "ratings.parquet").exists() and len(result.get("rounds", [])) == 1 + n_rounds
 
 
 BY_CONTENT = {"prompt", "more_prompts", "more_teachers", "gold"}
@@ -164,20 +178,57 @@ def summarise(
     texts: list[str],
     human: dict[str, Any] | None,
 ) -> RateResult:
-    """Counts and means over the sample."""
-    prompt = said[0].rater.prompt
+    """Counts over all documents; figures about the corpus over the sample, which comes first."""
+    prompt, n_sample = said[0].rater.prompt, sum(document.round == 0 for document in documents)
+    sampled = [each.first(n_sample) for each in said]
     return RateResult(
         seconds=work.seconds,
         **where_rows_went(counts, documents),
-        **scores_in_figures(documents, verdicts, prompt.scale, prompt.attributes),
+        **scored_and_not(verdicts),
+        **scores_in_figures(documents[:n_sample], verdicts[:n_sample], prompt.scale, prompt.attributes),
         **answers_in_figures(said),
+        rounds=by_round(documents, verdicts, prompt.scale, len(rounds.files(work.folder))),
         **got.spending.in_figures([each.rater.teacher for each in said], work.seconds),
         n_failed=len(got.failed),
         n_not_asked=got.n_not_asked,
         planned=planned(work, len(said), len(texts)),
-        agreement=consensus.agreements(said, prompt.scale),
+        agreement=consensus.agreements(sampled, prompt.scale),
         human=human,
     )
+
+
+def scored_and_not(verdicts: list[Verdict]) -> dict[str, Any]:
+    """Every document has a score or a reason."""
+    n_scored = sum(verdict.score is not None for verdict in verdicts)
+    unscored = Counter(str(verdict.reason) for verdict in verdicts if verdict.reason)
+    assert len(verdicts) == n_scored + unscored.total(), "every document has a score or a reason"
+    return {"n_scored": n_scored, "unscored": dict(unscored), "unscored_rate": 1 - n_scored / len(verdicts)}
+
+
+def by_round(
+    documents: list[Document], verdicts: list[Verdict], scale: tuple[float, float], n_rounds: int
+) -> list[dict[str, Any]]:
+    """What became of the sample and of each round."""
+    found = []
+    for number in range(1 + n_rounds):
+        of_round = [v.score for d, v in zip(documents, verdicts, strict=True) if d.round == number]
+        scores = [score for score in of_round if score is not None]
+        found.append(
+            {
+                "round": number,
+                "n_documents": len(of_round),
+                "n_scored": len(scores),
+                "mean_score": mean(scores),
+                "int_score_counts": int_score_counts(scores, scale),
+            }
+        )
+    return found
+
+
+def int_score_counts(scores: list[float], scale: tuple[float, float]) -> dict[str, int]:
+    """How many documents have each whole score."""
+    ints = Counter(metrics.int_scores(np.array(scores, dtype=np.float64), scale).tolist())
+    return {str(value): ints[value] for value in sorted(ints)}
 
 
 def scores_in_figures(
@@ -186,18 +237,12 @@ def scores_in_figures(
     scale: tuple[float, float],
     scales: dict[str, tuple[float, float]],
 ) -> dict[str, Any]:
-    """What the consensus looks like; every document has a score or a reason."""
+    """What the consensus looks like."""
     scored = [i for i, verdict in enumerate(verdicts) if verdict.score is not None]
     scores = np.array([verdicts[i].score for i in scored], dtype=np.float64)
-    unscored = Counter(str(verdict.reason) for verdict in verdicts if verdict.reason)
-    assert len(documents) == len(scored) + unscored.total(), "every sampled document has a score or a reason"
-    ints = Counter(metrics.int_scores(scores, scale).tolist())
     known = [documents[i].gold for i in scored]
     return {
-        "n_scored": len(scored),
-        "unscored": dict(unscored),
-        "unscored_rate": 1 - len(scored) / len(documents),
-        "int_score_counts": {str(value): ints[value] for value in sorted(ints)},
+        "int_score_counts": int_score_counts(scores.tolist(), scale),
         "mean_score": mean(scores.tolist()),
         "mean_spread": mean([each.spread for each in verdicts]),
         "attributes": {name: mean([each.attributes.get(name) for each in verdicts]) for name in scales},

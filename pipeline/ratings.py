@@ -36,7 +36,10 @@ BEFORE = {"id": pa.string(), "text": pa.string(), "score": pa.float64(), "reason
 AFTER = {
     "spread": pa.float64(),
     "n_opinions": pa.int32(),
+    "probabilities": pa.map_(pa.float64(), pa.float64()),
     "stratum": pa.string(),
+    "group": pa.string(),
+    "round": pa.int32(),
     "gold": pa.float64(),
     "opinions": pa.list_(OPINION),
 }
@@ -50,7 +53,12 @@ def schema(scale: tuple[float, float], attributes: dict[str, tuple[float, float]
 
 
 def write(path: Path, documents: Iterable[Document], panel: list[Opinions], verdicts: Iterable[Verdict]) -> None:
-    """Ratings, one row a document, in the order of the sample, with every rater's opinion."""
+    """Ratings, one row a document, in the order given."""
+    write_table(path, table(documents, panel, verdicts))
+
+
+def table(documents: Iterable[Document], panel: list[Opinions], verdicts: Iterable[Verdict]) -> pa.Table:
+    """What the opinions on each document come to, and every rater's own."""
     prompt = panel[0].rater.prompt
     rows = [
         {
@@ -61,11 +69,12 @@ def write(path: Path, documents: Iterable[Document], panel: list[Opinions], verd
             "reason": verdict.reason,
             "spread": verdict.spread,
             "n_opinions": verdict.n_opinions,
+            "probabilities": None if verdict.probabilities is None else sorted(verdict.probabilities.items()),
             "opinions": [opinion(each, position) for each in panel],
         }
         for position, (document, verdict) in enumerate(zip(documents, verdicts, strict=True))
     ]
-    write_table(path, pa.Table.from_pylist(rows, schema(prompt.scale, prompt.attributes)))
+    return pa.Table.from_pylist(rows, schema(prompt.scale, prompt.attributes))
 
 
 def opinion(opinions: Opinions, position: int) -> dict[str, Any]:

@@ -28,7 +28,8 @@ Reason = Literal[
 
 class Reading(NamedTuple):
     """A score or labels, or the reason there is none. `mass`: probability of all candidates; `entropy` in nats, over
-    groups; `attributes`: the named scores that could be read; `unknown`: labels that the taxonomy does not have."""
+    groups; `attributes`: the named scores that could be read; `unknown`: labels that the taxonomy does not have;
+    `probabilities`: of each value, where the score is their mean."""
 
     score: float | None
     reason: Reason | None = None
@@ -37,6 +38,7 @@ class Reading(NamedTuple):
     attributes: dict[str, float] | None = None
     labels: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    probabilities: dict[float, float] | None = None
 
 
 def read_text(prompt: Prompt, answer: str, finished: bool) -> Reading:
@@ -214,7 +216,15 @@ def read_choices(prompt: Prompt, log_probs: dict[str, float], empty: dict[str, f
         if not math.isfinite(odds):
             return Reading(None, "no_score", mass, entropy)
         score = prompt.line.offset + prompt.line.slope * odds
-    return Reading(clip(score, prompt.scale), None, mass, entropy)
+    expected = prompt.normalise and prompt.line is None
+    return Reading(
+        clip(score, prompt.scale), None, mass, entropy, probabilities=by_value(shares) if expected else None
+    )
+
+
+def by_value(shares: list[tuple[float, float]]) -> dict[float, float]:
+    """The probability of each value; groups of the same value count together."""
+    return {value: sum(p for other, p in shares if other == value) for value, _ in shares}
 
 
 def grouped(prompt: Prompt, log_probs: dict[str, float]) -> list[tuple[float, float]]:

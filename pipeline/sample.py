@@ -20,21 +20,28 @@ log = logging.getLogger("gristmill")
 
 
 class Document(NamedTuple):
-    """A sampled document. `gold` is a known quality, `stratum` the group it was drawn from."""
+    """A sampled document. `gold` is a known quality, `stratum` what it was drawn from, `group` what it must not be
+    split from when a student is judged (a site, an author), `round` the rate --next that chose it (0: none)."""
 
     id: str
     text: str
     gold: float | None = None
     stratum: str | None = None
+    group: str | None = None
+    round: int = 0
 
 
 Derive = Callable[[Shard, str], str]
 """The stratum of a text that lies in a shard."""
 
 
-def draw(corpus: Corpus, asking: Asking, seed: int, gold_column: str | None = None) -> tuple[list[Document], Counts]:
+def draw(
+    corpus: Corpus, asking: Asking, seed: int, gold_column: str | None = None, group_column: str | None = None
+) -> tuple[list[Document], Counts]:
     """The sample that is asked about, if the corpus has anything to judge."""
-    documents, counts = sample(corpus, asking.sample, seed, asking.stratify_by, gold_column, asking.stratum_floor)
+    documents, counts = sample(
+        corpus, asking.sample, seed, asking.stratify_by, gold_column, asking.stratum_floor, group_column
+    )
     if not documents:
         raise UserError(f"corpus.path: {corpus.path} has no document with text in {counts.n_rows} rows")
     if len(documents) < asking.sample:
@@ -64,6 +71,7 @@ def sample(
     stratify_by: str | None = None,
     gold_column: str | None = None,
     floor: int | None = None,
+    group_column: str | None = None,
 ) -> tuple[list[Document], Counts]:
     """A seeded sample of the distinct, non-empty texts of the whole corpus.
 
@@ -80,7 +88,7 @@ def sample(
     shards = find_shards(corpus)
     derive = derived(corpus, shards, stratify_by)
     for shard in shards:
-        for documents in documents_of(shard, corpus, counts, stratify_by, gold_column, derive):
+        for documents in documents_of(shard, corpus, counts, stratify_by, gold_column, derive, group_column):
             for document in documents:
                 rank = priority(text_id(document.text), seed)
                 everything.add(rank, document, size)
@@ -121,9 +129,9 @@ class Smallest:
             del self.documents[-heapq.heappop(self.heap)]
 
 
-def copy_order(document: Document) -> tuple[str, str, bool, float]:
-    """Of two copies of a text the smaller id counts, then the smaller stratum, then a known quality."""
-    return document.id, document.stratum or "", document.gold is None, document.gold or 0.0
+def copy_order(document: Document) -> tuple[str, str, bool, float, str]:
+    """Of two copies of a text the smaller id counts, then the smaller stratum, a known quality, the smaller group."""
+    return document.id, document.stratum or "", document.gold is None, document.gold or 0.0, document.group or ""
 
 
 def trim(strata: dict[str, Smallest], size: int, seed: int) -> None:
@@ -197,12 +205,13 @@ def documents_of(
     stratify_by: str | None,
     gold_column: str | None,
     derive: Derive | None = None,
+    group_column: str | None = None,
 ) -> Iterator[list[Document]]:
     """The non-empty documents of a shard, batch by batch; their strata derived, or from the column `stratify_by`."""
-    names = [corpus.text_column, corpus.id_column, None if derive else stratify_by, gold_column]
+    names = [corpus.text_column, corpus.id_column, None if derive else stratify_by, gold_column, group_column]
     for batch in read(shard, corpus, counts, list(dict.fromkeys(name for name in names if name))):
         found = texts(batch, corpus, shard, counts)
-        ids, strata, golds = (values(batch, name, shard) for name in names[1:])
+        ids, strata, golds, groups = (values(batch, name, shard) for name in names[1:])
         counts.n_empty += sum(map(is_empty, found))
         yield [
             Document(
@@ -210,8 +219,9 @@ def documents_of(
                 text=text,
                 gold=gold_value(gold, gold_column, shard),
                 stratum=derive(shard, text) if derive else str(stratum) if stratify_by else None,
+                group=None if group is None else str(group),
             )
-            for text, id_, stratum, gold in zip(found, ids, strata, golds, strict=True)
+            for text, id_, stratum, gold, group in zip(found, ids, strata, golds, groups, strict=True)
             if text is not None and not is_empty(text)
         ]
 

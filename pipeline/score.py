@@ -3,7 +3,8 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import corpus, storage
+from pipeline import corpus, metrics, storage
 from pipeline import student as students
 from pipeline.config import Recipe, digest
+from pipeline.encoder import Embedded
 from pipeline.errors import UserError
 from pipeline.formats import check_column
 from pipeline.shards import Counts, Shard, find_shards, fingerprint
@@ -38,10 +40,15 @@ class ScoreResult(Result):
     n_bad_rows: int
     n_repaired_texts: int
     n_truncated: int
-    """Documents longer than the encoder reads; only their beginning was judged."""
+    """Documents of which not all tokens were read: those longer than encoder.max_tokens with windows: first, than
+    three windows with spread, none with all."""
+    n_windows: int
+    """Windows of documents that the encoder read."""
     n_shards: int
     n_shards_reused: int
     int_score_counts: dict[str, int]
+    half_up_counts: dict[str, int]
+    """Documents by score rounded half up, beside int_score_counts at the student's own cuts."""
     label_counts: dict[str, dict[str, int]]
     """Documents by label, for each target that is labels; commonest first."""
     docs_per_s: float | None
@@ -53,18 +60,17 @@ def run(recipe: Recipe, redo: bool = False) -> ScoreResult:
     found = find_shards(recipe.corpus)
     made_from = inputs(recipe, student, found)
     with stage("score", recipe, made_from) as work:
-        out = work.folder / "scored"
         prints = {shard: digest([made_from["settings"], made_from["shards"][shard.name]]) for shard in found}
-        tallies = {shard: tally_of(out / shard.name, prints[shard]) for shard in found}
+        tallies = {shard: tally_of(work.folder, shard, prints[shard], recipe) for shard in found}
         done = work.finished(ScoreResult, redo, None not in tallies.values())
         if done:
             return done
         check_columns(found, recipe, student.schema.names)
-        storage.sweep(out, keep={shard.name for shard in found})
+        sweep(work.folder, found, recipe)
         todo = [shard for shard in found if tallies[shard] is None]
         with progress("score", corpus.n_rows(todo)) as step:
             for shard in todo:
-                tallies[shard] = score_shard(shard, recipe, student, out / shard.name, prints[shard], step)
+                tallies[shard] = score_shard(shard, recipe, student, work.folder, prints[shard], step)
         counted = [tally for tally in tallies.values() if tally is not None]
         return work.finish(summarise(counted, len(found) - len(todo), made_from, work.seconds))
 
@@ -81,56 +87,102 @@ def inputs(recipe: Recipe, student: Student, found: list[Shard]) -> dict[str, An
     }
 
 
+def sweep(folder: Path, found: list[Shard], recipe: Recipe) -> None:
+    """Remove what killed writers left, and what was made of other shards or is no longer asked for."""
+    names = {shard.name for shard in found}
+    storage.sweep(folder / "scored", keep=names)
+    storage.sweep(folder / "embeddings", keep=names if recipe.score.keep_embeddings else set())
+
+
 def score_shard(
-    shard: Shard, recipe: Recipe, student: Student, path: Path, fingerprint: str, step: Step
+    shard: Shard, recipe: Recipe, student: Student, folder: Path, fingerprint: str, step: Step
 ) -> Counter[str]:
-    """Read, score and write one shard, a window of rows at a time; returns its counts."""
+    """Read, score and write one shard, some rows at a time; returns its counts."""
     source = corpus.read_schema(shard, recipe.corpus)
     refuse_existing(source, shard, recipe, student.schema.names)
     schema = scored_schema(source, student.schema)
     tally: Counter[str] = Counter()
-
-    def scored() -> Iterator[pa.RecordBatch]:
-        counts = Counts()
-        for batch in corpus.read(shard, recipe.corpus, counts, schema=without(schema, student.schema.names)):
-            texts = corpus.texts(batch, recipe.corpus, shard, counts)
-            yield score_batch(batch, texts, student, schema, tally, step)
-        tally.update(n_rows=counts.n_rows, n_bad_rows=counts.n_bad_rows, n_repaired_texts=counts.n_repaired_texts)
-
-    with storage.shard_writer(path, schema) as writer:
-        for batch in scored():
-            writer.write_batch(batch)
-        writer.add_key_value_metadata({FINGERPRINT: fingerprint.encode(), TALLY: json.dumps(tally).encode()})
+    made_from = {FINGERPRINT: fingerprint.encode()}
+    # The embeddings are there before the scores, so that scores never stand without them.
+    with (
+        storage.shard_writer(folder / "scored" / shard.name, schema) as scored,
+        embeddings_writer(folder / "embeddings" / shard.name, recipe, student) as kept,
+    ):
+        for batch, texts in documents(shard, recipe, without(schema, student.schema.names), tally):
+            places, embedded = embed(texts, student, step)
+            found = student.predict_embedded(embedded)
+            tally.update(n_scored=len(texts) - places.null_count, n_empty=places.null_count)
+            tally.update(n_truncated=embedded.n_truncated, n_windows=len(embedded.owners))
+            tally.update(occurrences(student, found))
+            scored.write_batch(with_columns(batch, found, places, student, schema))
+            if kept is not None:
+                kept.write_batch(half_precision(embedded, places, kept.schema))
+        scored.add_key_value_metadata({**made_from, TALLY: json.dumps(tally).encode()})
+        if kept is not None:
+            kept.add_key_value_metadata(made_from)
     return tally
 
 
-def score_batch(
-    batch: pa.RecordBatch,
-    texts: list[str | None],
-    student: Student,
-    schema: pa.Schema,
-    tally: Counter[str],
-    step: Step,
-) -> pa.RecordBatch:
-    """The batch with the student's columns; empty texts get null."""
+def documents(
+    shard: Shard, recipe: Recipe, schema: pa.Schema, tally: Counter[str]
+) -> Iterator[tuple[pa.RecordBatch, list[str | None]]]:
+    """The rows of a shard and their texts; its counts go to the tally at its end."""
+    counts = Counts()
+    for batch in corpus.read(shard, recipe.corpus, counts, schema=schema):
+        yield batch, corpus.texts(batch, recipe.corpus, shard, counts)
+    tally.update(n_rows=counts.n_rows, n_bad_rows=counts.n_bad_rows, n_repaired_texts=counts.n_repaired_texts)
+
+
+def embed(texts: list[str | None], student: Student, step: Step) -> tuple[pa.Array, Embedded]:
+    """Of each row its place among the embedded texts, null for an empty one; and these texts embedded."""
     full = [i for i, text in enumerate(texts) if not corpus.is_empty(text)]
-    found, n_truncated = student.predict_counted([texts[i] or "" for i in full], step)
-    tally.update(n_scored=len(full), n_empty=len(texts) - len(full), n_truncated=n_truncated)
-    tally.update(occurrences(student, found))
+    embedded = student.encoder.embed([texts[i] or "" for i in full], step)
     step(len(texts) - len(full))
     place = dict(zip(full, range(len(full)), strict=True))
-    places = pa.array([place.get(i) for i in range(len(texts))], pa.int64())
+    return pa.array([place.get(i) for i in range(len(texts))], pa.int64()), embedded
+
+
+def with_columns(
+    batch: pa.RecordBatch, found: Columns, places: pa.Array, student: Student, schema: pa.Schema
+) -> pa.RecordBatch:
+    """The batch with the student's columns; empty texts get null."""
     added = [pa.array(found[field.name], field.type).take(places) for field in student.schema]
     kept = [batch.column(name) for name in batch.schema.names if name not in found]
     return pa.RecordBatch.from_arrays([*kept, *added], schema=schema)
 
 
+def embeddings_writer(path: Path, recipe: Recipe, student: Student) -> Any:
+    """A writer of the documents' embeddings (dim,) float16; of nothing where they are not kept."""
+    if not recipe.score.keep_embeddings:
+        return nullcontext()
+    return storage.shard_writer(path, pa.schema([("embedding", pa.list_(pa.float16(), student.encoder.dim))]))
+
+
+def half_precision(embedded: Embedded, places: pa.Array, schema: pa.Schema) -> pa.RecordBatch:
+    """The mean embedding of each row's document; empty texts get null."""
+    kind = schema.field("embedding").type
+    limit = np.finfo(np.float16).max
+    values = np.clip(embedded.documents(), -limit, limit).astype(np.float16)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), kind.list_size).take(places)
+    return pa.RecordBatch.from_arrays([column.cast(kind)], schema=schema)
+
+
 def occurrences(student: Student, found: Columns) -> Iterator[str]:
-    """A key of the tally for every whole score and label that was given: a JSON list of column and value."""
+    """A key of the tally for every whole score and label that was given, and for every score rounded half up: a JSON
+    list of kind, column and value."""
     for head in student.heads:
+        if head.kind == "score":
+            assert head.scale is not None
+            half_up = metrics.int_scores(found[head.name], head.scale)
+            yield from keys("half_up", head.name, half_up.tolist())
         values = found[f"int_{head.name}" if head.kind == "score" else head.name]
-        for value in chain.from_iterable(values) if head.kind == "labels" else np.asarray(values).tolist():
-            yield json.dumps([head.kind, head.name, value], ensure_ascii=False)
+        given = chain.from_iterable(values) if head.kind == "labels" else np.asarray(values).tolist()
+        yield from keys(head.kind, head.name, given)
+
+
+def keys(kind: str, name: str, values: Iterable[Any]) -> Iterator[str]:
+    """Keys of the tally."""
+    return (json.dumps([kind, name, value], ensure_ascii=False) for value in values)
 
 
 def summarise(tallies: list[Counter[str]], n_reused: int, made_from: dict[str, Any], seconds: float) -> ScoreResult:
@@ -141,41 +193,51 @@ def summarise(tallies: list[Counter[str]], n_reused: int, made_from: dict[str, A
     if total["n_rows"] == 0:
         raise UserError(f"corpus.path: {made_from['settings']['corpus']['path']} has no rows")
     given = [(*json.loads(key), count) for key, count in total.most_common() if key.startswith("[")]
-    ints = sorted((value, count) for kind, name, value, count in given if name == "score" and kind == "score")
     return ScoreResult(
         seconds=seconds,
         **{
             name: total[name]
-            for name in ("n_rows", "n_scored", "n_empty", "n_bad_rows", "n_repaired_texts", "n_truncated")
+            for name in ("n_rows", "n_scored", "n_empty", "n_bad_rows", "n_repaired_texts", "n_truncated", "n_windows")
         },
         n_shards=len(tallies),
         n_shards_reused=n_reused,
-        int_score_counts={str(value): count for value, count in ints},
+        int_score_counts=score_counts(given, "score"),
+        half_up_counts=score_counts(given, "half_up"),
         label_counts=label_counts(given),
         docs_per_s=total["n_rows"] / seconds if not n_reused else None,
     )
+
+
+def score_counts(given: list[tuple[str, str, Any, int]], kind: str) -> dict[str, int]:
+    """Documents by whole score, from (kind, target, value, count), of the target called score."""
+    counts = sorted((value, count) for of, name, value, count in given if (of, name) == (kind, "score"))
+    return {str(value): count for value, count in counts}
 
 
 def label_counts(given: list[tuple[str, str, Any, int]]) -> dict[str, dict[str, int]]:
     """Documents by label, from (kind, target, value, count), of the targets that are labels."""
     counts: dict[str, dict[str, int]] = {}
     for kind, name, value, count in given:
-        if kind != "score":
+        if kind in ("label", "labels"):
             counts.setdefault(name, {})[value] = count
     return counts
 
 
-def tally_of(path: Path, fingerprint: str) -> Counter[str] | None:
+def tally_of(folder: Path, shard: Shard, fingerprint: str, recipe: Recipe) -> Counter[str] | None:
     """The counts of a shard already scored from the same inputs; None if it has to be (re)done."""
-    if not path.exists():
+    scored = notes_of(folder / "scored" / shard.name)
+    kept = notes_of(folder / "embeddings" / shard.name) if recipe.score.keep_embeddings else scored
+    if any(notes.get(FINGERPRINT) != fingerprint.encode() for notes in (scored, kept)):
         return None
+    return Counter(json.loads(scored[TALLY]))
+
+
+def notes_of(path: Path) -> dict[bytes, bytes]:
+    """What a shard of ours says of itself; nothing if it cannot be read."""
     try:
-        metadata = pq.read_metadata(path).metadata or {}
+        return pq.read_metadata(path).metadata or {}
     except (pa.ArrowInvalid, OSError, UnicodeDecodeError):
-        return None
-    if metadata.get(FINGERPRINT) != fingerprint.encode():
-        return None
-    return Counter(json.loads(metadata[TALLY]))
+        return {}
 
 
 # -- schema -----------------------------------------------------------------------------------------------------------

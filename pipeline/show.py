@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FILES = ("rate/ratings.parquet", "label/labels.parquet", "ratings.parquet", "labels.parquet")
 """What is shown of a run folder, or of a stage's."""
-RATINGS = {"id", "text", "score", "reason", "spread", "stratum", "gold", "opinions"}
+RATINGS = {"id", "text", "score", "reason", "spread", "stratum", "group", "round", "gold", "opinions"}
 LABELS = {"id", "text", "reason", "unknown", "answer", "stratum"}
 """Columns that tell the two kinds of file."""
 LIGHT = ("text", "score", "reason", "spread")
@@ -35,6 +35,8 @@ HOSTILE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Control characters that could steer a terminal, and those that turn the direction of writing."""
 LIKELIEST = 5
 """Probabilities shown of each opinion."""
+MAPS = ("attributes", "log_probs")
+"""Maps of an opinion."""
 AT_A_TIME = 256
 
 Row = dict[str, Any]
@@ -94,7 +96,7 @@ def load(path: Path) -> pa.Table:
     names = set(table.schema.names)
     if names >= RATINGS or names >= LABELS:
         return table
-    if names >= RATINGS - {"spread", "opinions"}:
+    if names >= {"id", "text", "score", "reason"}:
         raise UserError(
             f"{path} was written by another version; remove it and rate again, answers are not asked twice"
         )
@@ -159,12 +161,13 @@ def rows(table: pa.Table, chosen: Sequence[int]) -> Iterator[Row]:
     for start in range(0, len(chosen), AT_A_TIME):
         for row in table.take(pa.array(chosen[start : start + AT_A_TIME], pa.int64())).to_pylist():
             opinions = row.get("opinions")
-            yield {**row, "opinions": [with_dicts(each) for each in opinions]} if opinions else row
+            row = with_dicts(row, "probabilities")
+            yield {**row, "opinions": [with_dicts(each, *MAPS) for each in opinions]} if opinions else row
 
 
-def with_dicts(opinion: Row) -> Row:
-    """An opinion, its maps as dicts."""
-    return {**opinion, **{name: dict(opinion[name]) for name in ("attributes", "log_probs") if opinion[name]}}
+def with_dicts(row: Row, *names: str) -> Row:
+    """A row, these maps of it as dicts."""
+    return {**row, **{name: dict(row[name]) for name in names if row.get(name)}}
 
 
 # -- one document -----------------------------------------------------------------------------------------------------
@@ -185,9 +188,8 @@ def facts(row: Row) -> list[str]:
     given = names[names.index("text") + 1 : names.index("reason")]
     if "spread" in row:
         given += names[names.index("reason") + 1 : names.index("spread") + 1]
-    lines = [
-        "   ".join(f"{name} {value(row[name])}" for name in [*given, "stratum", "gold"] if row.get(name) is not None)
-    ]
+    given += ["stratum", "group", *(["round"] if row.get("round") else []), "gold"]
+    lines = ["   ".join(f"{name} {value(row[name])}" for name in given if row.get(name) is not None)]
     if row["reason"]:
         lines.append(f"unscored: {row['reason']}")
     if row.get("unknown"):

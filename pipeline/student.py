@@ -1,4 +1,4 @@
-"""Encoder and linear heads in one folder that loads with one line:
+"""Encoder and heads in one folder that loads with one line:
 
 from pipeline.student import load
 load("runs/demo/train/student").score(["Photosynthesis turns light into sugar."])
@@ -7,8 +7,11 @@ load("runs/demo/train/student").score(["Photosynthesis turns light into sugar."]
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,113 +19,66 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy.special import expit, softmax
 
-from pipeline import config, metrics
-from pipeline.encoder import Embeddings, Encoder
+from pipeline import config, loaders
+from pipeline.encoder import Embedded, Encoder
 from pipeline.errors import UserError, needs
-from pipeline.storage import atomic, write_text
-from pipeline.targets import Kind
+from pipeline.head import Columns, Head, schema_of
+from pipeline.layers import Layer, activations, side_by_side
+from pipeline.storage import sync, write_text, writing
+
+__all__ = ["Columns", "Head", "Layer", "Student", "load", "schema_of"]
 
 log = logging.getLogger("gristmill")
 
-FORMAT = 2
+FORMAT = 3
 """Version of the folder's layout."""
 
-Columns = dict[str, Any]
-"""Predictions by column, each as long as the texts."""
+DESCRIPTION, HEADS = "student.json", "head.safetensors"
+"""What a student is, written last, and the numbers of its heads."""
 
 
-@dataclass(frozen=True)
-class Head:
-    """One linear output of the student: a score, one label of several, or any number of labels."""
-
-    name: str
-    kind: Kind
-    weight: NDArray[np.float32]
-    """(n_outputs, dim)"""
-    bias: NDArray[np.float32]
-    """(n_outputs,)"""
-    scale: tuple[float, float] | None = None
-    """Lowest and highest score; of scores only."""
-    labels: tuple[str, ...] = ()
-    """The label of each output; of labels only."""
-
-    def outputs(self, embeddings: Embeddings) -> NDArray[np.float32]:
-        """Scores or log-odds (n, n_outputs) of embeddings (n, dim)."""
-        return (embeddings @ self.weight.T + self.bias).astype(np.float32)
-
-    def predict(self, embeddings: Embeddings) -> Columns:
-        """The columns of this head, named as in `schema`."""
-        values = PREDICT[self.kind](self, self.outputs(embeddings))
-        return dict(zip(self.schema.names, values, strict=True))
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The columns of this head and their types."""
-        return schema_of(self.name, self.kind)
-
-
-def schema_of(name: str, kind: Kind) -> pa.Schema:
-    """The columns of a head and their types."""
-    names = (name, f"int_{name}" if kind == "score" else f"{name}_probability")
-    return pa.schema(list(zip(names, TYPES[kind], strict=True)))
-
-
-TYPES = {
-    "score": (pa.float32(), pa.int8()),
-    "label": (pa.string(), pa.float32()),
-    "labels": (pa.list_(pa.string()), pa.list_(pa.float32())),
-}
-
-
-def scored(head: Head, outputs: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
-    """Scores as they are, not clipped, and whole scores of the scale, half up."""
-    assert head.scale is not None
-    return outputs[:, 0], metrics.int_scores(outputs[:, 0], head.scale)
-
-
-def likeliest(head: Head, outputs: NDArray[np.float32]) -> tuple[NDArray[np.str_], NDArray[np.float32]]:
-    """The likeliest label and its probability."""
-    return np.array(head.labels)[outputs.argmax(axis=1)], softmax(outputs, axis=1).max(axis=1)
-
-
-def all_likely(head: Head, outputs: NDArray[np.float32]) -> tuple[list[list[str]], list[list[float]]]:
-    """The labels with a probability of at least one half, and their probabilities."""
-    probabilities = expit(outputs)
-    found = [np.flatnonzero(row >= 0.5) for row in probabilities]
-    labels = [[head.labels[i] for i in chosen] for chosen in found]
-    return labels, [row[chosen].tolist() for row, chosen in zip(probabilities, found, strict=True)]
-
-
-PREDICT: dict[Kind, Callable[[Head, NDArray[np.float32]], tuple[Any, Any]]] = {
-    "score": scored,
-    "label": likeliest,
-    "labels": all_likely,
-}
-
-
-@dataclass
 class Student:
-    """A frozen encoder and linear heads on it."""
+    """An encoder and the heads on it."""
 
-    encoder_settings: config.Encoder
-    heads: tuple[Head, ...]
-    about: dict[str, Any] = field(default_factory=dict)
-    """Where it comes from: prompt digests, teachers, metrics."""
+    def __init__(
+        self,
+        encoder_settings: config.Encoder,
+        heads: tuple[Head, ...],
+        about: dict[str, Any] | None = None,
+        encoder: Encoder | None = None,
+    ) -> None:
+        self.encoder_settings = encoder_settings
+        """The encoder it was made from, and how it reads texts."""
+        self.heads = heads
+        self.about: dict[str, Any] = about or {}
+        """Where it comes from: prompt digests, teachers, metrics."""
+        self.fine_tuned = encoder
+        """Given where the weights are no longer those of `encoder_settings`."""
+        self.folder: Path | None = None
+        """Where it was loaded from."""
+        self.files: dict[str, str] = {}
+        """SHA-256 of each file there."""
+        self.loaders: list[str] = []
+        """Classes of other libraries that load what was saved or loaded, with the same scores."""
 
     @cached_property
     def encoder(self) -> Encoder:
         """The encoder, loaded at first use."""
-        return Encoder(self.encoder_settings)
+        return self.fine_tuned or Encoder(self.source)
+
+    @property
+    def source(self) -> config.Encoder:
+        """Where the encoder is: in the student's own folder, or where it was made from."""
+        own = {"model": str(self.folder), "revision": None} if self.folder else {}
+        return self.encoder_settings.model_copy(update=own)
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits of all that decides the predictions."""
-        heads = [
-            [*described(head).values(), head.weight.tobytes().hex(), head.bias.tobytes().hex()] for head in self.heads
-        ]
-        return config.digest([heads, self.encoder_settings.identity()])
+        """16 hex digits of all that decides the predictions, wherever the folder is."""
+        numbers = {name: values.tobytes().hex() for name, values in tensors(self.heads).items()}
+        heads = [described(head) for head in self.heads]
+        return config.digest([heads, numbers, self.encoder_settings.identity(), self.files])
 
     @property
     def schema(self) -> pa.Schema:
@@ -141,43 +97,119 @@ class Student:
         """Every head's columns: a score with its int_score, a label or a list of labels with probabilities."""
         if isinstance(texts, str):
             raise TypeError("give a list of texts, not one string")
-        return self.predict_counted(texts)[0]
+        return self.predict_embedded(self.encoder.embed(texts))
 
-    def predict_counted(
-        self, texts: Sequence[str], step: Callable[[int], None] = lambda _: None
-    ) -> tuple[Columns, int]:
-        """Every head's columns, and how many texts were longer than the encoder reads."""
-        embeddings, n_truncated = np.empty((0, self.heads[0].weight.shape[1]), np.float32), 0
-        if texts:
-            embeddings, n_truncated = self.encoder.embed(texts, step)
-        columns = {name: values for head in self.heads for name, values in head.predict(embeddings).items()}
-        return columns, n_truncated
+    def predict_embedded(self, embedded: Embedded) -> Columns:
+        """Every head's columns for texts that are embedded already."""
+        found = [head.predict(embedded, self.encoder_settings.aggregate) for head in self.heads]
+        return {name: values for columns in found for name, values in columns.items()}
+
+    @property
+    def shown(self) -> tuple[Head, ...]:
+        """The heads whose outputs other libraries give: the scores, or the labels of a student without any."""
+        kind = "score" if any(head.kind == "score" for head in self.heads) else self.heads[0].kind
+        alike = [head for head in self.heads if head.kind == kind]
+        return tuple(head for head in alike if activations(head.layers) == activations(alike[0].layers))
 
     def save(self, folder: Path) -> None:
-        """Write head.safetensors and student.json, which names the heads and the file they are in."""
-        raw = needs("safetensors.numpy", "torch").save(tensors(self.heads))
-        with atomic(folder / "head.safetensors") as temporary:
-            temporary.write_bytes(raw)
-        description = {
-            "format": FORMAT,
-            "head": hashlib.sha256(raw).hexdigest(),
-            "encoder": self.encoder_settings.identity(),
-            "heads": [described(head) for head in self.heads],
-            **self.about,
-        }
-        write_text(folder / "student.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+        """Write a folder that sentence-transformers loads too, complete with the encoder; student.json comes last and
+        names the digest of every file. A student that was there before is replaced as a whole."""
+        safetensors = needs("safetensors.numpy", "torch")
+        unrounded = self.source.model_copy(update={"dtype": "float32", "device": "cpu"})
+        encoder = self.fine_tuned or Encoder(unrounded)
+        with writing(folder), replacing(folder) as made:
+            self.loaders = loaders.write(
+                made,
+                encoder.model,
+                side_by_side([head.layers for head in self.shown]),
+                max_tokens=encoder.max_tokens,
+                bound=max([16.0, *(abs(end) for head in self.shown for end in head.scale or ())]),
+                config=of_classification(self.shown),
+            )
+            safetensors.save_file(tensors(self.heads), made / HEADS)
+            description = {
+                "format": FORMAT,
+                "encoder": self.encoder_settings.identity(),
+                "heads": [described(head) for head in self.heads],
+                "shown": [head.name for head in self.shown],
+                "loaders": self.loaders,
+                "files": digests(made),
+                **self.about,
+            }
+            write_text(made / DESCRIPTION, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+
+
+PROBLEMS = {"score": "regression", "label": "single_label_classification", "labels": "multi_label_classification"}
+"""Kinds of heads by transformers' name."""
+
+
+def of_classification(heads: Sequence[Head]) -> dict[str, Any]:
+    """What a transformers configuration says of the outputs of heads. No softmax goes over the labels of several, so
+    that their log-odds stay as they are."""
+    kind, several = heads[0].kind, len(heads) > 1
+    names = [f"{head.name}: {label}" if several else label for head in heads for label in head.labels]
+    names = names or [head.name for head in heads]
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+        "problem_type": PROBLEMS["score" if several and kind == "label" else kind],
+    }
+
+
+# -- the folder -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of a student's, or of an empty one, if the block succeeds."""
+    made, old = (folder.parent / f".{folder.name}.{os.getpid()}.{kind}" for kind in ("tmp", "old"))
+    if folder.exists() and any(folder.iterdir()) and not (folder / DESCRIPTION).exists():
+        raise UserError(f"{folder} holds other files than a student's; give another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(folder.name)}\.\d+\.(tmp|old)", left.name):
+            shutil.rmtree(left, ignore_errors=True)
+    try:
+        made.mkdir()
+        yield made
+        for path in (*made.rglob("*"), made):
+            sync(path)
+        if folder.exists():
+            folder.rename(old)
+        made.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file that decides a prediction, by its path in the folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
+    return {path.relative_to(folder).as_posix(): digest(path) for path in paths}
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            found.update(part)
+    return found.hexdigest()
 
 
 def tensors(heads: Sequence[Head]) -> dict[str, NDArray[np.float32]]:
-    """Weights (n_outputs, dim) and biases (n_outputs,) by name."""
-    weights = {f"{head.name}.weight": np.ascontiguousarray(head.weight) for head in heads}
-    return weights | {f"{head.name}.bias": np.ascontiguousarray(head.bias) for head in heads}
+    """Weights (n_out, n_in) and biases (n_out,) of every layer by name."""
+    layers = {f"{head.name}.{i}": layer for head in heads for i, layer in enumerate(head.layers)}
+    weights = {f"{name}.weight": np.ascontiguousarray(layer.weight) for name, layer in layers.items()}
+    return weights | {f"{name}.bias": np.ascontiguousarray(layer.bias) for name, layer in layers.items()}
 
 
 def described(head: Head) -> dict[str, Any]:
     """A head without its numbers."""
-    about = {"scale": list(head.scale)} if head.scale else {"labels": list(head.labels)}
-    return {"name": head.name, "kind": head.kind, **about}
+    about = {"scale": list(head.scale), "cuts": list(head.cuts)} if head.scale else {"labels": list(head.labels)}
+    return {"name": head.name, "kind": head.kind, "activations": list(activations(head.layers)), **about}
 
 
 def load(folder: str | Path, encoder: config.Encoder | None = None) -> Student:
@@ -185,37 +217,54 @@ def load(folder: str | Path, encoder: config.Encoder | None = None) -> Student:
     folder = Path(folder)
     safetensors = needs("safetensors.numpy", "torch")
     try:
-        description = json.loads((folder / "student.json").read_text(encoding="utf-8"))
-        raw = (folder / "head.safetensors").read_bytes()
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no student ({error}); give a folder that gristmill train made") from None
-    if description.pop("format", None) != FORMAT:
+    if not isinstance(description, dict) or description.pop("format", None) != FORMAT:
         raise UserError(f"{folder} was made by another version of gristmill; train it again")
-    if description.pop("head") != hashlib.sha256(raw).hexdigest():
-        raise UserError(f"{folder} is damaged: head.safetensors is not the one student.json names; train it again")
-    named = safetensors.load(raw)
+    check_whole(folder, description["files"])
+    named = safetensors.load_file(folder / HEADS)
     heads = tuple(head_of(about, named) for about in description.pop("heads"))
     settings = as_asked(config.Encoder.model_validate(description.pop("encoder")), encoder)
-    return Student(settings, heads, description)
+    about = {name: value for name, value in description.items() if name not in ("files", "loaders", "shown")}
+    student = Student(settings, heads, about)
+    student.folder, student.files, student.loaders = folder, description["files"], description["loaders"]
+    return student
+
+
+def check_whole(folder: Path, files: dict[str, str]) -> None:
+    """Refuse a folder of which a file is missing or not the one that was written."""
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file() or digest(path) != expected:
+            raise UserError(f"{folder} is damaged: {name} is not the one student.json names; train it again")
 
 
 def head_of(about: dict[str, Any], named: dict[str, NDArray[np.float32]]) -> Head:
     """A head from its description and the tensors of all of them."""
     name, scale = about["name"], about.get("scale")
+    layers = [
+        Layer(named[f"{name}.{i}.weight"], named[f"{name}.{i}.bias"], activation)
+        for i, activation in enumerate(about["activations"])
+    ]
     return Head(
         name=name,
         kind=about["kind"],
-        weight=named[f"{name}.weight"],
-        bias=named[f"{name}.bias"],
+        layers=tuple(layers),
         scale=(scale[0], scale[1]) if scale else None,
         labels=tuple(about.get("labels", ())),
+        cuts=tuple(about.get("cuts", ())),
     )
+
+
+OF_THE_STUDENT = {"model", "revision", "pooling", "max_tokens", "windows", "aggregate"}
+"""Settings of the encoder that the heads were trained with."""
 
 
 def as_asked(own: config.Encoder, asked: config.Encoder | None) -> config.Encoder:
     """The student's encoder with the device, precision and batch size that were asked for; it stays the same model."""
     given = asked.model_fields_set if asked is not None else set()
-    for name in sorted(given & {"model", "revision", "max_tokens"}):
+    for name in sorted(given & OF_THE_STUDENT):
         if getattr(asked, name) not in (None, getattr(own, name)):
             log.warning("encoder.%s: the student keeps its own, %r", name, getattr(own, name))
     how = {name: getattr(asked, name) for name in given & {"device", "dtype", "batch_tokens"}}

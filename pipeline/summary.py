@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.errors import UserError
+from pipeline.pictures import short
 from pipeline.teacher import AnswerStore
 from pipeline.tracking import read_json
 
@@ -25,7 +26,9 @@ def show(values: Values) -> None:
     table = Table("stage", "documents", "time", "what came out")
     for name, tell in TELL.items():
         if name in values:
-            table.add_row(name, f"{documents(values[name]):,}", f"{values[name]['seconds']:.1f} s", tell(values[name]))
+            found = values[name]
+            n = documents(found)
+            table.add_row(name, f"{n:,}" if n else "", f"{found['seconds']:.1f} s", tell(found))
     console.print(table)
     for side in ("kept", "dropped"):
         for example in values.get("filter", {}).get(f"examples_{side}", []):
@@ -42,6 +45,7 @@ def documents(result: Values) -> int:
     """How many documents a stage worked on."""
     return int(
         result.get("n_documents")
+        or result.get("n_audited")
         or result.get("n_sampled")
         or result.get("n_rows")
         or sum(result.get(name, 0) for name in PARTS)
@@ -69,9 +73,11 @@ def tell_rate(result: Values) -> str:
     lines = [
         f"{result['n_scored']:,} scored, unscored: {unscored or 'none'}; mean score {figure(result['mean_score'])}",
         asked(result),
+        *stopped(result),
     ]
-    if result["stopped_by"]:
-        lines.append(f"stopped by {result['stopped_by']}; the same command with more of it goes on")
+    if len(result["rounds"]) > 1:
+        told = ", ".join(f"round {each['round']}: {each['n_documents']:,}" for each in result["rounds"])
+        lines.append(f"documents by round: {told}; means and counts are of round 0, the sample")
     if result["attributes"]:
         lines.append("means: " + ", ".join(f"{name} {figure(mean)}" for name, mean in result["attributes"].items()))
     lines += planned_and_actual(result)
@@ -82,6 +88,12 @@ def tell_rate(result: Values) -> str:
         if result["human"].get("between_people"):
             lines.append(f"people among themselves: {agreement(result['human']['between_people'])}")
     return "\n".join(lines)
+
+
+def stopped(result: Values) -> list[str]:
+    """What stopped the asking early, if something did."""
+    what = result["stopped_by"]
+    return [f"stopped by {what}; the same command with more of it goes on"] if what else []
 
 
 def asked(result: Values) -> str:
@@ -198,52 +210,159 @@ def tell_train(result: Values) -> str:
 
 
 def tell_target(name: str, found: Values) -> list[str]:
-    """One target in a line or two."""
+    """One target in a few lines."""
     if "accuracy" in found:
         return [
-            f"{name} on {found['n_test']} held-out documents: accuracy {figure(found['accuracy'])}"
-            f" (always the commonest: {figure(found['majority_share'])}), macro-F1 {figure(found['macro_f1'])}"
+            f"{name} on {found['n_test']} test documents: accuracy {measured(found, 'accuracy')}"
+            f" (always the commonest: {figure(found['majority_share'])}), macro-F1 {measured(found, 'macro_f1')}"
         ]
     if "exact_match" in found:
         return [
-            f"{name} on {found['n_test']} held-out documents: micro-F1 {figure(found['micro_f1'])}, macro-F1"
-            f" {figure(found['macro_f1'])}; all right in {found['exact_match']:.0%} (always the commonest:"
+            f"{name} on {found['n_test']} test documents: micro-F1 {measured(found, 'micro_f1')}, macro-F1"
+            f" {measured(found, 'macro_f1')}; all right in {found['exact_match']:.0%} (always the commonest:"
             f" {found['majority_share']:.0%})"
         ]
     return tell_learned_score(name, found)
 
 
 def tell_learned_score(name: str, found: Values) -> list[str]:
-    """A score in two lines, and one more where its quality is known."""
-    kept = {key: figure(value) for key, value in found["kept"].items()}
-    lines = [
-        f"{name} on {found['n_test']} held-out ratings: Spearman {figure(found['spearman'])} to the teacher,"
-        f" MAE {figure(found['mae'])}, macro-F1 of int scores {figure(found['macro_f1'])}",
+    """A score: how well it was learned, how well it keeps, how it is rounded, what more ratings would buy."""
+    kept = ", ".join(
+        f"{called} {measured(found, f'kept.{key}')}"
+        for key, called in {"precision": "precision", "recall": "recall", "f1": "F1"}.items()
+    )
+    return [
+        f"{name} on {found['n_test']} test documents: Spearman {measured(found, 'spearman')} to the teacher, kappa"
+        f" {measured(found, 'kappa')}, MAE {measured(found, 'mae')}",
+        *ceiling(found["ceiling"]),
         f"documents worth {found['good_from']:g} or more ({found['good_share']:.0%} of them), kept from"
-        f" {found['cut']:.2f} up:"
-        f" precision {kept['precision']}, recall {kept['recall']}, F1 {kept['f1']}",
+        f" {found['cut']:.2f} up: {kept}; macro-F1 of all int scores {measured(found, 'macro_f1')}",
+        roundings(found),
+        *(each["sentence"] for each in (found["learning_curve"] or {}).get("more", []) if each["sentence"]),
+        *gold("student", found["gold"]),
     ]
-    return lines + gold("student", found["gold"])
+
+
+def measured(found: Values, name: str) -> str:
+    """A figure of a target, with its 95% interval."""
+    value: Any = found
+    for key in name.split("."):
+        value = value[key]
+    ends = found["intervals"].get(name)
+    return figure(value) + (f" [{figure(ends[0])}, {figure(ends[1])}]" if ends else "")
+
+
+def ceiling(found: Values | None) -> list[str]:
+    """The teacher with itself, if it was asked twice."""
+    return [f"the teacher with itself: {agreement(found)}"] if found else []
+
+
+def roundings(found: Values) -> str:
+    """Both ways to write whole scores."""
+    fitted, half_up = found["kept_shares"]["fitted"], found["kept_shares"]["half_up"]
+    written = "fitted cuts" if found["rounding"] == "fitted" else "half up"
+    return (
+        f"int scores from {found['good_from']:g} up: {fitted:.0%} at fitted cuts, {half_up:.0%} half up; kappa"
+        f" {figure(found['kappa'])} as written ({written}), {figure(found['kappa_half_up'])} half up"
+    )
 
 
 def tell_score(result: Values) -> str:
-    """The scored corpus in a line or two."""
+    """The scored corpus in a few lines."""
+    half_up = result["half_up_counts"]
     tallies = {"int_score": result["int_score_counts"], **result["label_counts"]}
+    if half_up != result["int_score_counts"]:
+        tallies = {"int_score": result["int_score_counts"], "half up": half_up, **result["label_counts"]}
     counts = {name: ", ".join(f"{key}: {n:,}" for key, n in tally.items()) for name, tally in tallies.items() if tally}
     reused = f", {result['n_shards_reused']} of them reused" if result["n_shards_reused"] else ""
     speed = f"{figure(result['docs_per_s'])} docs/s, " if result["docs_per_s"] else ""
     lines = [
-        f"{result['n_scored']:,} scored, {result['n_empty']:,} empty, {result['n_truncated']:,} cut",
+        f"{result['n_scored']:,} scored, {result['n_empty']:,} empty; of {result['n_truncated']:,} not all was read"
+        f" ({result['n_windows']:,} windows)",
         *(f"{name} {told}" for name, told in counts.items()),
         f"{speed}{result['n_shards']} shards{reused}",
     ]
     return "\n".join(lines)
 
 
+def tell_cuts(result: Values) -> str:
+    """What each cut would keep, a cut a line."""
+    lines = [f"{'keeps':11} {'from':>5} {'docs':>5} {'tokens':>6} precision         recall"]
+    for cut in result["cuts"]:
+        told = [f"{beside(cut, name):17}" if cut[name] is not None else f"{'not known':17}" for name in BOTH]
+        kept = f"{short(cut['documents']):>5} {short(cut['tokens']):>6}"
+        lines.append(f"{called(cut):11} {cut['score']:5.2f} {kept} {' '.join(told)}".rstrip())
+    if result["judged_by"]:
+        lines.append(f"judged by {result['n_judged']:,} documents of the {result['judged_by']}; {good_in_all(result)}")
+    else:
+        lines.append("neither ratings nor an audit tell how good it is")
+    return "\n".join(lines)
+
+
+BOTH = ("precision", "recall")
+
+
+def called(cut: Values) -> str:
+    """A cut in two words."""
+    names = {"share": f"best {cut['cut']:.3g}" if cut["cut"] < 0.01 else f"best {cut['cut']:.0%}"}
+    return {**names, "int_score": f"int_score {cut['cut']:g}", "student": "student"}[cut["by"]]
+
+
+def beside(found: Values, name: str) -> str:
+    """A figure with the interval that stands beside it."""
+    return f"{figure(found[name])}{interval(found, name)}"
+
+
+def good_in_all(found: Values) -> str:
+    """How common good documents are."""
+    return f"{beside(found, 'base_rate')} of the corpus is good, from {found['good_from']:g} up"
+
+
+def tell_audit(result: Values) -> str:
+    """Quality on the corpus itself, in a few lines."""
+    unscored = ", ".join(f"{reason} {count}" for reason, count in result["unscored"].items())
+    lines = [
+        f"{result['n_scored']:,} of {result['n_audited']:,} scored by the teacher, unscored: {unscored or 'none'};"
+        f" asked {result['n_asked']:,}, reused {result['n_reused']:,} answers",
+        *stopped(result),
+        f"kept from {result['cut']:.2f} up ({result['cut_from']}), {result['kept_share']:.1%} of the corpus: precision"
+        f" {beside(result, 'precision')}, recall {beside(result, 'recall')}; {good_in_all(result)}",
+    ]
+    for cut in result["by_cut"]:
+        told = " ".join(f"{beside(cut, name):17}" for name in BOTH)
+        lines.append(f"  from int_score {cut['int_score']}   {told}".rstrip())
+    return "\n".join(lines)
+
+
 def tell_filter(result: Values) -> str:
-    """The kept corpus in a line."""
+    """The kept corpus in a line or two."""
     dropped = ", ".join(f"{reason} {count:,}" for reason, count in result["dropped"].items()) or "none"
-    return f"kept {result['n_kept']:,} ({result['kept_share']:.1%}) from {result['cut']:.2f} up; dropped: {dropped}"
+    start = "" if result["cut"] is None else f" from {result['cut']:.2f} up"
+    lines = [f"kept {result['n_kept']:,} ({result['kept_share']:.1%}){start}; dropped: {dropped}"]
+    if result["n_tokens_kept"] is not None:
+        lines.append(
+            f"{result['n_tokens_kept']:,} of {result['n_tokens']:,} tokens (counted by {result['tokens_counted_by']})"
+        )
+    for who, found in (("estimated for the corpus", result["quality"]), ("test part", result["test_quality"])):
+        if found and found["precision"] is not None:
+            lines.append(f"{who}: precision {beside(found, 'precision')}, recall {beside(found, 'recall')}")
+    return "\n".join(lines)
+
+
+def tell_export(result: Values) -> str:
+    """Each format, its size, and how near its scores are to ours."""
+    lines = [
+        f"{name}: {escape(found['file'])}, {found['megabytes']:.0f} MB; largest difference"
+        f" {found['max_difference']:.1e} on {result['n_documents']:,} documents"
+        for name, found in result["formats"].items()
+    ]
+    return "\n".join([*lines, *([f"uploaded to {result['pushed_to']}"] if result["pushed_to"] else [])])
+
+
+def tell_report(result: Values) -> str:
+    """Where the page is, and its verdict."""
+    lines = [f"{escape(result['page'])} ({result['n_bytes'] / 1e6:.1f} MB)", *result["verdict"]]
+    return "\n".join(lines)
 
 
 TELL = {
@@ -253,7 +372,11 @@ TELL = {
     "label": tell_label,
     "train": tell_train,
     "score": tell_score,
+    "cuts": tell_cuts,
+    "audit": tell_audit,
     "filter": tell_filter,
+    "export": tell_export,
+    "report": tell_report,
 }
 
 

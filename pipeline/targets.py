@@ -2,10 +2,12 @@
 
 import difflib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -14,9 +16,13 @@ from pipeline import config
 from pipeline.config import Recipe
 from pipeline.corpus import is_empty, is_text
 from pipeline.errors import UserError
+from pipeline.metrics import Floats
 from pipeline.tracking import upstream
 
 RATINGS, LABELS = "rate/ratings.parquet", "label/labels.parquet"
+
+BESIDES = ("gold", "group", "round", "probabilities", "opinions")
+"""Columns that are read beside the targets."""
 
 Kind = Literal["score", "label", "labels"]
 Row = dict[str, Any]
@@ -34,14 +40,21 @@ class Target(NamedTuple):
     scale: tuple[float, float] | None = None
     labels: tuple[str, ...] = ()
     """The labels that occur, sorted."""
+    probabilities: tuple[dict[float, float] | None, ...] = ()
+    """The teacher's probability of each value of a score; None for documents without, empty without any."""
+    repeated: tuple[Floats, ...] = ()
+    """(n_repeats, n_documents) of each teacher with each prompt that was asked more than once, NaN where missing."""
 
 
 class TrainingSet(NamedTuple):
-    """Documents with at least one target, aligned: ids, texts, gold or None, and the targets."""
+    """Documents with at least one target, aligned: ids, texts, gold or None, group or None, round and the targets."""
 
     ids: list[str]
     texts: list[str]
     gold: list[float | None]
+    groups: list[str | None]
+    rounds: list[int]
+    """0 for documents of the uniform or stratified sample, k for those that the k-th rate --next chose."""
     targets: tuple[Target, ...]
     n_unscored: int
     """Documents left out because nothing is known of them."""
@@ -143,14 +156,18 @@ def kind_of(field: pa.Field, known: dict[str, tuple[float, float]]) -> Kind | No
 def read(found: Sources) -> TrainingSet:
     """The documents of all files, each once, in the order of the files."""
     tables = {path: pq.read_table(path) for path in found.values()}
-    rows = join({path: named(table, found, path) for path, table in tables.items()})
-    targets = [target(name, tables[path].schema, rows) for name, path in found.items()]
-    kept = [i for i, row in enumerate(rows) if is_learned(i, row, targets)]
+    files = {path: named(table, found, path) for path, table in tables.items()}
+    for path, of_file in files.items():
+        check_one_prompt(path, of_file)
+    rows = join(files)
+    kept = [row for row in rows if is_learned(row, found)]
     return TrainingSet(
-        ids=[rows[i]["id"] for i in kept],
-        texts=[rows[i]["text"] for i in kept],
-        gold=[rows[i].get("gold") for i in kept],
-        targets=tuple(each._replace(values=[each.values[i] for i in kept]) for each in targets),
+        ids=[row["id"] for row in kept],
+        texts=[row["text"] for row in kept],
+        gold=[None if is_missing(row.get("gold")) else row["gold"] for row in kept],
+        groups=[row.get("group") for row in kept],
+        rounds=[row.get("round", 0) for row in kept],
+        targets=tuple(target(name, path, tables[path].schema, kept) for name, path in found.items()),
         n_unscored=len(rows) - len(kept),
         prompts=origins(tables.values(), ("prompt_digest", "prompt")),
         teachers=origins(tables.values(), ("teacher",)),
@@ -158,12 +175,26 @@ def read(found: Sources) -> TrainingSet:
 
 
 def named(table: pa.Table, found: Sources, path: Path) -> list[Row]:
-    """The rows of a file: document, known quality and the targets that it holds."""
+    """The rows of a file: document, the targets that it holds, and what is known of it besides."""
     wanted = ["id", "text", *(name for name, source in found.items() if source == path)]
-    if "gold" in table.schema.names:
-        wanted.append("gold")
+    wanted += [name for name in BESIDES if name in table.schema.names]
     rows: list[Row] = table.select(dict.fromkeys(wanted)).to_pylist()
     return rows
+
+
+def check_one_prompt(path: Path, rows: list[Row]) -> None:
+    """Refuse documents that were rated by different prompts: their scores don't mean the same."""
+    asked = Counter(frozenset(map(prompt_of, row["opinions"])) for row in rows if row.get("opinions"))
+    if len(asked) > 1:
+        groups = [f"{n} by {', '.join(sorted(prompts))}" for prompts, n in asked.most_common(3)]
+        raise UserError(
+            f"train.ratings: {path} mixes ratings of different prompts ({'; '.join(groups)}); keep those of one"
+        )
+
+
+def prompt_of(opinion: Row) -> str:
+    """A prompt by its name and the begin of its digest."""
+    return f"{opinion.get('prompt')} {str(opinion.get('prompt_digest'))[:8]}"
 
 
 def join(files: dict[Path, list[Row]]) -> list[Row]:
@@ -173,7 +204,7 @@ def join(files: dict[Path, list[Row]]) -> list[Row]:
         if len({(row["id"], row["text"]) for row in rows}) < len(rows):
             raise UserError(f"train.ratings: {path} holds the same document twice; keep one row of each")
         for row in rows:
-            known = {name: without_missing(value) for name, value in row.items() if not is_missing(value)}
+            known = {name: without_missing(value) for name, value in row.items() if value is not None}
             joined.setdefault((row["id"], row["text"]), {"id": row["id"], "text": row["text"]}).update(known)
     return list(joined.values())
 
@@ -188,14 +219,69 @@ def without_missing(value: Any) -> Any:
     return [member for member in value if not is_missing(member)] if isinstance(value, list) else value
 
 
-def target(name: str, schema: pa.Schema, rows: list[Row]) -> Target:
+def target(name: str, path: Path, schema: pa.Schema, rows: list[Row]) -> Target:
     """One column of the joined rows, with its scale or its labels."""
     known = scales(schema)
     values = [row.get(name) for row in rows]
     kind = kind_of(schema.field(name), known)
     assert kind is not None, f"{name} was found to be learnable"
-    scale = known.get(name) if kind == "score" else None
-    return Target(name, kind, values, scale, labels_in(kind, values))
+    if kind != "score":
+        return Target(name, kind, values, labels=labels_in(kind, values))
+    check_scores(name, path, rows, known[name])
+    said = tuple(probabilities(row) if name == "score" else None for row in rows)
+    return Target(
+        name,
+        kind,
+        values,
+        known[name],
+        probabilities=said if any(said) else (),
+        repeated=repeated(name, rows),
+    )
+
+
+def check_scores(name: str, path: Path, rows: list[Row], scale: tuple[float, float]) -> None:
+    """Refuse numbers that are no scores of the scale, and a scale whose whole numbers an int8 cannot hold."""
+    if scale[0] < -128 or scale[1] > 127:
+        raise UserError(
+            f"train.ratings: {path}: the scale of {name} must stay in -128 to 127; divide it and the scores"
+        )
+    slack = 1e-6 * (scale[1] - scale[0])
+    for row in rows:
+        value = row.get(name)
+        if value is None or scale[0] - slack <= value <= scale[1] + slack:
+            continue
+        where = f"train.ratings: {path}: {name} of document {row['id']!r}"
+        if is_missing(value):
+            raise UserError(f"{where} is NaN; leave it empty (null) where there is no score")
+        raise UserError(f"{where} is {value:g}, outside the scale {scale[0]:g} to {scale[1]:g}; mend it or the scale")
+
+
+def probabilities(row: Row) -> dict[float, float] | None:
+    """The teacher's probability of each value, where the score is their mean."""
+    said = {float(value): float(share) for value, share in row.get("probabilities") or ()}
+    score = row.get("score")
+    if not said or score is None:
+        return None
+    mean = sum(value * share for value, share in said.items()) / sum(said.values())
+    return said if abs(mean - score) <= 1e-3 * (max(said) - min(said)) else None
+
+
+def repeated(name: str, rows: list[Row]) -> tuple[Floats, ...]:
+    """What each teacher said with each prompt at each repeat, for those that were asked more than once."""
+    by_rater: dict[tuple[str, str], dict[int, dict[int, float]]] = {}
+    for i, row in enumerate(rows):
+        for opinion in row.get("opinions") or ():
+            score = opinion.get("score") if name == "score" else dict(opinion.get("attributes") or ()).get(name)
+            rater = (str(opinion.get("prompt_digest")), str(opinion.get("teacher")))
+            if score is not None:
+                by_rater.setdefault(rater, {}).setdefault(opinion.get("repeat") or 0, {})[i] = score
+    found = []
+    for repeats in by_rater.values():
+        if len(repeats) > 1:
+            found.append(np.full((len(repeats), len(rows)), np.nan))
+            for scores, said in zip(found[-1], repeats.values(), strict=True):
+                scores[list(said)] = list(said.values())
+    return tuple(found)
 
 
 def labels_in(kind: Kind, values: list[Any]) -> tuple[str, ...]:
@@ -206,9 +292,9 @@ def labels_in(kind: Kind, values: list[Any]) -> tuple[str, ...]:
     return tuple(sorted(set(given))) if kind == "label" else ()
 
 
-def is_learned(i: int, row: Row, targets: list[Target]) -> bool:
+def is_learned(row: Row, names: Iterable[str]) -> bool:
     """Whether there is a text and anything is known of it."""
-    return not is_empty(row["text"]) and any(target.values[i] is not None for target in targets)
+    return not is_empty(row["text"]) and any(row.get(name) is not None for name in names)
 
 
 def origins(tables: Iterable[pa.Table], names: tuple[str, ...]) -> tuple[str, ...]:

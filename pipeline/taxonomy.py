@@ -18,7 +18,7 @@ STEP = " > "
 """Stands between the levels of a label: domain > use case."""
 TAKEN = {
     *("id", "text", "labels", "reason", "unknown", "answer", "was_truncated", "prompt_tokens", "answer_tokens"),
-    *("stratum", "prompt", "prompt_digest", "teacher", "gold", "score", "int_score"),
+    *("stratum", "prompt", "prompt_digest", "teacher", "gold", "score", "int_score", "group", "round"),
 }
 """Columns of the labels, the ratings and scored shards that no level may be called."""
 

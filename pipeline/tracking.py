@@ -1,4 +1,4 @@
-"""The run folder: what a stage was made from, its result, its metrics; wandb when asked."""
+"""The run folder: what a stage was made from, its result, its metrics."""
 
 import json
 import logging
@@ -32,6 +32,9 @@ MADE_FROM = {
     "label": ("corpus", "teacher", "label"),
     "train": ("encoder", "train"),
     "score": ("corpus", "score"),
+    "cuts": ("cuts",),
+    "audit": ("teacher", "audit"),
+    "filter": ("filter",),
 }
 """Sections of the recipe that a stage is made from."""
 
@@ -84,8 +87,10 @@ class Stage:
         line = json.dumps({"stage": self.name, "time": round(time.time(), 3), **numbers})
         with (self.recipe.run_folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-        if self.recipe.tracking.wandb:
-            send_to_wandb(self.name, self.recipe, numbers)
+        if self.recipe.tracking.to:
+            from pipeline import dashboards  # it reads what stages left, and so stands above this file
+
+            dashboards.send(self.name, self.recipe, numbers)
         return result
 
     @property
@@ -109,8 +114,8 @@ def stage(name: str, recipe: Recipe, inputs: dict[str, Any]) -> Iterator[Stage]:
     """Work on one stage of a run, alone."""
     work = Stage(name, recipe, inputs)
     check_apart(recipe)
-    if recipe.tracking.wandb:
-        needs("wandb", "wandb")
+    if recipe.tracking.to:
+        needs(recipe.tracking.to, recipe.tracking.to)
     try:
         work.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -194,26 +199,6 @@ def flatten(values: dict[str, Any], prefix: str = "", numbers_only: bool = False
         elif not numbers_only or (isinstance(value, int | float) and not isinstance(value, bool)):
             flat[prefix + name] = value
     return flat
-
-
-def send_to_wandb(name: str, recipe: Recipe, numbers: dict[str, Any]) -> None:
-    """One wandb run per stage, grouped by run folder."""
-    wandb = needs("wandb", "wandb")
-    settings = wandb.Settings(console="off", disable_git=True, silent=True)
-    try:
-        run = wandb.init(
-            project=recipe.tracking.wandb_project,
-            group=recipe.run_folder.name,
-            name=f"{recipe.run_folder.name}-{name}",
-            job_type=name,
-            config=recipe.model_dump(mode="json"),
-            dir=recipe.run_folder,
-            settings=settings,
-        )
-        run.log({f"{name}/{key}": value for key, value in numbers.items()})
-        run.finish()
-    except wandb.Error as error:
-        log.warning("%s: wandb took nothing (%s); the numbers are in metrics.jsonl", name, str(error).split("\n")[0])
 
 
 @contextmanager

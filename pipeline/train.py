@@ -1,30 +1,31 @@
-"""Stage 2: linear heads on a frozen encoder learn what the teacher said."""
+"""Stage 2: a student on a frozen encoder learns what the teacher said."""
 
 import hashlib
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from pipeline import metrics, targets
+from pipeline import calibration, card, config, embeddings, fine_tune, lesson, metrics, splits, targets
 from pipeline.config import Recipe
-from pipeline.corpus import text_id
-from pipeline.encoder import Embeddings, Encoder
+from pipeline.encoder import Encoder
 from pipeline.errors import UserError
-from pipeline.figures import Figures, LabelFigures, ScoreFigures, of_label, of_labels, of_score
-from pipeline.heads import N_FOLDS, Fit, fit_head, known
+from pipeline.figures import Figures, Judged, ScoreFigures, ceiling_of, of_score
+from pipeline.heads import N_FOLDS, known
+from pipeline.label_figures import LabelFigures, of_label, of_labels
+from pipeline.lesson import Lesson, Material, good_from
 from pipeline.metrics import Bools
+from pipeline.splits import PARTS, Split
 from pipeline.storage import write_table
-from pipeline.student import Student, schema_of
+from pipeline.student import Head, Student, schema_of
 from pipeline.targets import Kind, Sources, Target, TrainingSet
 from pipeline.tracking import Result, Stage, progress, stage
 
 log = logging.getLogger("gristmill")
 
-FEWEST = 10
+FEWEST = 20
 """Documents with a target below which no head is trained."""
 
 FEWEST_TO_JUDGE = 2
@@ -36,10 +37,6 @@ ENOUGH = 200
 WEAK = 0.3
 """Spearman below which the log says that little was learned."""
 
-PARTS = ("train", "validation", "test")
-
-Split = NDArray[np.str_]
-
 
 class TrainResult(Result):
     """What stage 2 found."""
@@ -47,46 +44,41 @@ class TrainResult(Result):
     n_train: int
     n_validation: int
     n_test: int
+    n_aside: int
+    """Documents chosen by rate --next that hang together with one of the validation or test part; not learned from."""
     n_unscored: int
     """Documents of which no target is known."""
+    n_near_duplicates: int
+    """Documents that say, nearly or exactly, what another one says already; all in the same part as that one."""
     n_truncated: int
+    """Documents of which not all tokens are in a window."""
     encoder: str
+    head: str
     targets: dict[str, Figures]
 
 
-class Lesson(NamedTuple):
-    """One target with its trained head, and what the student says of every document."""
-
-    target: Target
-    fit: Fit
-    predicted: Any
-    """Scores (n,), labels (n,) or n lists of labels."""
-    good_from: float | None
-    cut: float | None
-    """Of scores only: the teacher's and the student's score from which a document counts as good."""
-
-
 def run(recipe: Recipe, redo: bool = False) -> TrainResult:
-    """Train on the train part, choose on the validation part, report on the test part."""
+    """Train on the train part, choose on held-out documents, report on the test part."""
     found = targets.sources(recipe)
     with stage("train", recipe, inputs(recipe, found)) as work:
-        done = work.finished(TrainResult, redo, (work.folder / "student" / "head.safetensors").exists())
+        done = work.finished(TrainResult, redo, (work.folder / "student" / "student.json").exists())
         if done:
             return done
         given = targets.read(found)
-        parts = split(given.texts, recipe)
         check_columns(given.targets)
+        split = split_of(given, recipe)
         for target in given.targets:
-            check(target, parts, recipe)
-        encoder = Encoder(recipe.encoder)
-        with progress("train", len(given.texts)) as step:
-            embeddings, n_truncated = encoder.embed(given.texts, step)
-        lessons = [learn(target, embeddings, parts, recipe) for target in given.targets]
-        made = student(recipe, encoder, lessons)
-        result = report(work, given, parts, lessons, n_truncated)
-        write_predictions(work, given, parts, lessons)
-        made.about.update(origin(given, result))
-        made.save(work.folder / "student")
+            check(target, split, recipe)
+        encoder = Encoder(settings_of(recipe))
+        material = embed(encoder, given, split, recipe)
+        tuned: dict[str, Head] = {}
+        if recipe.train.head == "full":
+            tuned = fine_tune_all(encoder, material, given, work)
+            material = embed(encoder, given, split, recipe)
+        lessons = [lesson.learn(target, material, tuned.get(target.name)) for target in given.targets]
+        result = report(work, given, material, lessons)
+        write_predictions(work, given, split, lessons)
+        save(work, given, encoder, lessons, result)
         warn_if_weak(result)
         return work.finish(result)
 
@@ -101,11 +93,6 @@ def inputs(recipe: Recipe, found: Sources) -> dict[str, object]:
     }
 
 
-def good_from(recipe: Recipe, scale: tuple[float, float]) -> float:
-    """The teacher's score from which a document counts as good: as set, or the middle of the scale."""
-    return sum(scale) / 2 if recipe.train.good_from is None else recipe.train.good_from
-
-
 def check_good_from(value: float, scale: tuple[float, float]) -> None:
     """Refuse a cut that no document, or every document, reaches."""
     if not scale[0] < value <= scale[1]:
@@ -114,18 +101,25 @@ def check_good_from(value: float, scale: tuple[float, float]) -> None:
 
 def check_columns(learned: Sequence[Target]) -> None:
     """Refuse targets whose columns would overwrite each other or the document's."""
-    names = ["id", "split", *(name for target in learned for name in schema_of(target.name, target.kind).names)]
+    names = ["id", "split", "round"]
+    names += [name for target in learned for name in schema_of(target.name, target.kind).names]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"train.targets: two columns would be called {twice!r}; learn them apart, or rename one")
 
 
-def check(target: Target, parts: Split, recipe: Recipe) -> None:
+def split_of(given: TrainingSet, recipe: Recipe) -> Split:
+    """The parts, stratified by the first target."""
+    strata = lesson.strata_of(given.targets[0])
+    return splits.split(given.texts, strata, given.groups, given.rounds, recipe.train, recipe.seed)
+
+
+def check(target: Target, split: Split, recipe: Recipe) -> None:
     """Refuse a target of which nothing can be learned."""
     if target.name == "score" and target.scale:
         check_good_from(good_from(recipe, target.scale), target.scale)
     there = known(target)
-    n, of_part = int(there.sum()), {name: int(np.sum(there & (parts == name))) for name in PARTS}
+    n, of_part = int(there.sum()), {name: int(np.sum(there & (split.parts == name))) for name in PARTS}
     more = "rate" if target.kind == "score" else "label"
     if n < FEWEST:
         raise UserError(
@@ -136,12 +130,12 @@ def check(target: Target, parts: Split, recipe: Recipe) -> None:
             f"train: only {of_part['train']} of {n} documents with a {target.name} are left to learn from; lower"
             f" train.validation_share and train.test_share, or {more} more distinct texts"
         )
-    if min(of_part.values()) < FEWEST_TO_JUDGE:
+    if min(of_part["validation"], of_part["test"]) < FEWEST_TO_JUDGE:
         raise UserError(
             f"train: of {n} documents with a {target.name} only {of_part['validation']} are in the validation part and"
             f" {of_part['test']} in the test part; {more} more"
         )
-    taught = pick(target.values, there & (parts == "train"))
+    taught = pick(target.values, there & (split.parts == "train"))
     if all(value == taught[0] for value in taught):
         raise UserError(
             f"train: all {len(taught)} documents to learn from have the {target.name} {taught[0]}; mend the prompt or"
@@ -151,41 +145,32 @@ def check(target: Target, parts: Split, recipe: Recipe) -> None:
         log.warning("train: %d documents with a %s are few; expect figures to be far off", n, target.name)
 
 
-def split(texts: list[str], recipe: Recipe) -> Split:
-    """train, validation or test for each text: a seeded permutation of the distinct texts, so copies never cross."""
-    ids = np.array([text_id(text) for text in texts])
-    distinct = np.unique(ids)
-    order = np.random.default_rng(recipe.seed).permutation(len(distinct))
-    n_test = max(2, round(recipe.train.test_share * len(distinct)))
-    n_validation = max(2, round(recipe.train.validation_share * len(distinct)))
-    names = np.full(len(distinct), "train", dtype="U10")
-    names[order[:n_test]] = "test"
-    names[order[n_test : n_test + n_validation]] = "validation"
-    return names[np.searchsorted(distinct, ids)]
+def embed(encoder: Encoder, given: TrainingSet, split: Split, recipe: Recipe) -> Material:
+    """Every document embedded once; what was embedded before is read back."""
+    with progress("train", len(given.texts)) as step:
+        path = embeddings.cache_path(recipe)
+        found = embeddings.embed(encoder, given.texts, path, step)
+    of_documents = found.documents(recipe.encoder.aggregate == "weighted")
+    return Material(found, of_documents, split, np.array(given.rounds), recipe)
 
 
-def learn(target: Target, embeddings: Embeddings, parts: Split, recipe: Recipe) -> Lesson:
-    """Fit one head on the train part; of a score, choose the cut by F1 on the validation part."""
-    fit = fit_head(target, embeddings, parts == "train", recipe.seed)
-    predicted = fit.head.predict(embeddings)[target.name]
-    if target.kind != "score":
-        return Lesson(target, fit, predicted, None, None)
-    good = good_score(target, recipe)
-    return Lesson(target, fit, predicted.astype(np.float64), good, best_cut(target, predicted, parts, good))
+def settings_of(recipe: Recipe) -> config.Encoder:
+    """The encoder's settings; weights that are to be trained are kept in float32."""
+    full = recipe.train.head == "full"
+    return recipe.encoder.model_copy(update={"dtype": "float32"} if full else {})
 
 
-def good_score(target: Target, recipe: Recipe) -> float:
-    """train.good_from is about the score; attributes are good from the middle of their scales."""
-    assert target.scale is not None
-    return good_from(recipe, target.scale) if target.name == "score" else sum(target.scale) / 2
-
-
-def best_cut(target: Target, predicted: NDArray[np.floating], parts: Split, good_from: float) -> float:
-    """The student's score that finds the validation part's good documents best; good_from if it has none."""
-    choose = known(target) & (parts == "validation")
-    truth = pick(target.values, choose)
-    good = np.array(truth, dtype=np.float64) >= good_from
-    return metrics.best_cut(good, predicted[choose].astype(np.float64)) if good.any() else good_from
+def fine_tune_all(encoder: Encoder, material: Material, given: TrainingSet, work: Stage) -> dict[str, Head]:
+    """The heads of all scores, trained together with the encoder, whose weights change."""
+    scores = [target for target in given.targets if target.kind == "score"]
+    if not scores:
+        raise UserError("train.head: full learns scores, and train.targets names none; leave the head out")
+    taught = material.split.parts == "train"
+    begin = [lesson.fit_on(target, material, taught).head for target in scores]
+    recipe = work.recipe
+    folder = work.folder / "fine_tune"
+    made = fine_tune.tune(encoder, begin, given, material.split.parts, folder, recipe.seed, recipe.train.args)
+    return {head.name: head for head in made}
 
 
 def pick(values: Sequence[Any], chosen: Bools) -> list[Any]:
@@ -193,29 +178,43 @@ def pick(values: Sequence[Any], chosen: Bools) -> list[Any]:
     return [value for value, is_chosen in zip(values, chosen, strict=True) if is_chosen]
 
 
-def student(recipe: Recipe, encoder: Encoder, lessons: list[Lesson]) -> Student:
-    """The encoder that was used, and the heads."""
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+def save(work: Stage, given: TrainingSet, encoder: Encoder, lessons: list[Lesson], result: TrainResult) -> None:
+    """The student's folder with its model card."""
+    recipe = work.recipe
     settings = recipe.encoder.model_copy(update={"revision": encoder.revision})
-    return Student(settings, tuple(lesson.fit.head for lesson in lessons))
+    tuned = encoder if recipe.train.head == "full" else None
+    made = Student(settings, tuple(each.fit.head for each in lessons), origin(given, result, recipe), tuned)
+    made.save(work.folder / "student")
+    known_of_it = {**origin(given, result, recipe), **card.of_run(recipe)}
+    card.write(work.folder / "student", made, result.model_dump(mode="json"), known_of_it)
 
 
-def origin(given: TrainingSet, result: TrainResult) -> dict[str, Any]:
+def origin(given: TrainingSet, result: TrainResult, recipe: Recipe) -> dict[str, Any]:
     """Where a student comes from."""
     return {
         "prompts": list(given.prompts),
         "teachers": list(given.teachers),
-        "rounding": "int_score is floor(score + 0.5), clipped to the scale",
+        "rounding": calibration.ROUNDING[recipe.train.rounding],
         "metrics": result.model_dump(mode="json", exclude={"seconds"}),
     }
 
 
-def write_predictions(work: Stage, given: TrainingSet, parts: Split, lessons: list[Lesson]) -> None:
+def write_predictions(work: Stage, given: TrainingSet, split: Split, lessons: list[Lesson]) -> None:
     """What the student says of each document, beside the teacher."""
-    columns = {"id": pa.array(given.ids, pa.string()), "split": pa.array(parts.tolist())}
-    for lesson in lessons:
-        name, kind = lesson.target.name, TYPES[lesson.target.kind]
-        columns[name] = pa.array(lesson.target.values, kind)
-        columns[f"predicted_{name}"] = pa.array(lesson.predicted, kind)
+    columns = {
+        "id": pa.array(given.ids, pa.string()),
+        "split": pa.array(split.parts.tolist()),
+        "round": pa.array(given.rounds, pa.int32()),
+    }
+    for each in lessons:
+        name, kind = each.target.name, TYPES[each.target.kind]
+        columns[name] = pa.array(each.target.values, kind)
+        columns[f"predicted_{name}"] = pa.array(each.predicted, kind)
+        if each.held_out is not None:
+            columns[f"held_out_{name}"] = pa.array(each.held_out, kind, mask=np.isnan(each.held_out))
     write_table(work.folder / "predictions.parquet", pa.table(columns))
 
 
@@ -225,45 +224,60 @@ TYPES: dict[Kind, pa.DataType] = {"score": pa.float64(), "label": pa.string(), "
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-def report(work: Stage, given: TrainingSet, parts: Split, lessons: list[Lesson], n_truncated: int) -> TrainResult:
+def report(work: Stage, given: TrainingSet, material: Material, lessons: list[Lesson]) -> TrainResult:
     """The figures of every target on the test part."""
+    parts = material.split.parts
+    assert np.isin(parts, (*PARTS, splits.ASIDE)).all(), "every document has a part"
     return TrainResult(
         seconds=work.seconds,
         n_train=int(np.sum(parts == "train")),
         n_validation=int(np.sum(parts == "validation")),
         n_test=int(np.sum(parts == "test")),
+        n_aside=int(np.sum(parts == splits.ASIDE)),
         n_unscored=given.n_unscored,
-        n_truncated=n_truncated,
+        n_near_duplicates=material.split.n_near_duplicates,
+        n_truncated=material.embedded.n_truncated,
         encoder=work.recipe.encoder.model,
-        targets={lesson.target.name: figures_of(lesson, parts, given.gold) for lesson in lessons},
+        head=work.recipe.train.head,
+        targets={each.target.name: figures_of(each, material, given.gold) for each in lessons},
     )
 
 
-def figures_of(lesson: Lesson, parts: Split, gold: list[float | None]) -> Figures:
-    """One target's figures; only the score itself is held against the known quality."""
-    target, there = lesson.target, known(lesson.target)
-    test = there & (parts == "test")
-    learned, truth = (pick(target.values, chosen) for chosen in (there & (parts == "train"), test))
-    guess = pick(list(lesson.predicted), test)
-    n_missing, strength = int(np.sum(~there)), lesson.fit.strength
+def figures_of(learned: Lesson, material: Material, gold: list[float | None]) -> Figures:
+    """One target's figures."""
+    target, parts, there = learned.target, material.split.parts, known(learned.target)
+    test, n_missing, strength = there & (parts == "test"), int(np.sum(~there)), learned.fit.strength
+    if target.kind == "score":
+        return figures_of_score(learned, material, pick(gold, test), metrics.is_binary(gold))
+    taught, truth = (pick(target.values, chosen) for chosen in (there & (parts == "train"), test))
+    guess = pick(list(learned.predicted), test)
     if target.kind == "label":
-        return of_label(learned, truth, list(map(str, guess)), target.labels, n_missing, strength)
-    if target.kind == "labels":
-        return of_labels(sets(learned), sets(truth), sets(guess), target.labels, n_missing, strength)
-    assert target.scale is not None and lesson.good_from is not None and lesson.cut is not None
-    scores = np.array(guess, dtype=np.float64)
-    quality = (
-        metrics.against_gold(scores, pick(gold, test), metrics.is_binary(gold)) if target.name == "score" else None
+        return of_label(taught, truth, list(map(str, guess)), target.labels, n_missing, strength)
+    return of_labels(sets(taught), sets(truth), sets(guess), target.labels, n_missing, strength)
+
+
+def figures_of_score(learned: Lesson, material: Material, gold: list[float | None], binary: bool) -> ScoreFigures:
+    """A score's figures on the test part; only the score itself is held against the known quality there."""
+    target, there = learned.target, known(learned.target)
+    test = there & (material.split.parts == "test")
+    assert target.scale is not None and learned.good_from is not None and learned.cut is not None
+    judged = Judged(
+        truth=np.array(pick(target.values, test), dtype=np.float64),
+        guess=learned.predicted[test],
+        scale=target.scale,
+        good_from=learned.good_from,
+        cut=learned.cut,
+        cuts=learned.cuts,
+        rounding=material.recipe.train.rounding,
     )
     return of_score(
-        truth=np.array(truth, dtype=np.float64),
-        guess=scores,
-        scale=target.scale,
-        good_from=lesson.good_from,
-        cut=lesson.cut,
-        gold=quality,
-        n_missing=n_missing,
-        strength=strength,
+        judged,
+        n_missing=int(np.sum(~there)),
+        head=material.recipe.train.head,
+        strength=learned.fit.strength,
+        ceiling=ceiling_of(target.repeated, target.scale),
+        learning_curve=learned.learning_curve,
+        gold=metrics.against_gold(judged.guess, gold, binary) if target.name == "score" else None,
     )
 
 

@@ -32,7 +32,7 @@ from endpoint import (
 from pipeline import rate, score
 from pipeline.config import Corpus, Encoder, Recipe, Score
 from pipeline.corpus import text_id
-from pipeline.student import Head, Student
+from pipeline.student import Head, Layer, Student
 
 CONCURRENCY = 8
 N_SHARDS = 16
@@ -244,7 +244,7 @@ def test_trap_16_scoring_survives_kill_9_with_the_same_bytes_in_every_shard(
         endpoint.write(tmp_path / "shards", rows, f"part-{shard:02d}.parquet")
     encoder = Encoder(model=str(tiny_encoder), max_tokens=64, dtype="float32", device="cpu")
     weight, bias = np.linspace(-2, 2, 32, dtype=np.float32)[None], np.array([2.5], dtype=np.float32)
-    Student(encoder, (Head("score", "score", weight, bias, (0, 5)),)).save(tmp_path / "student")
+    Student(encoder, (Head("score", "score", (Layer(weight, bias),), (0, 5)),)).save(tmp_path / "student")
     r = Recipe(
         run_folder=tmp_path / "run",
         corpus=Corpus(path=str(tmp_path / "shards"), id_column="id"),

@@ -16,6 +16,24 @@ def test_trap_11_a_score_of_4_9_is_a_five_and_zero_is_zero():
     assert metrics.int_scores(np.array([4.9, 0.0], np.float32), (0, 5)).tolist() == [5, 0]
 
 
+GOLDEN = {
+    -9.0: (0, 0), -0.5: (0, 0), 0.49: (0, 0), 0.5: (1, 0), 0.9: (1, 1), 1.49: (1, 1), 1.5: (2, 1), 1.7: (2, 2),
+    2.45: (2, 3), 2.5: (3, 3), 2.9: (3, 3), 3.0: (3, 4), 3.5: (4, 5), 4.49: (4, 5), 5.0: (5, 5), 99.0: (5, 5),
+}  # fmt: skip
+"""Whole scores on 0 to 5: half up, and at the cuts 0.9, 1.7, 2.45, 3.0, 3.5."""
+
+
+def test_trap_20_either_rounding_is_pinned_at_halves_beyond_the_scale_and_at_the_cuts_themselves():
+    scores = np.array(list(GOLDEN))
+    assert metrics.int_scores(scores, (0, 5)).tolist() == [half_up for half_up, _ in GOLDEN.values()]
+    fitted = metrics.int_scores(scores, (0, 5), (0.9, 1.7, 2.45, 3.0, 3.5))
+    assert fitted.tolist() == [at_cuts for _, at_cuts in GOLDEN.values()] and fitted.dtype == np.int8
+
+
+def test_cuts_that_fall_together_pass_over_a_whole_score():
+    assert metrics.int_scores(np.array([[0.9, 1.0], [1.1, 2.0]]), (1, 3), (1.0, 1.0)).tolist() == [[1, 3], [3, 3]]
+
+
 def test_int_scores_of_a_probability_are_zero_or_one():
     assert metrics.int_scores(np.array([0.2, 0.5, 0.9]), (0, 1)).tolist() == [0, 1, 1]
 
@@ -75,6 +93,21 @@ def test_gold_is_measured_by_auc_or_by_spearman():
     assert ranked == {"n": 3, "spearman": pytest.approx(1.0), "spearman_interval": pytest.approx((1.0, 1.0))}
     assert metrics.against_gold(scores, [None] * 4, binary=True) is None
     assert metrics.is_binary([1.0, None, 0.0]) and not metrics.is_binary([0.0, 2.0])
+
+
+def test_the_figures_of_rows_are_those_of_each_row_alone():
+    from sklearn.metrics import f1_score
+
+    rng = np.random.default_rng(0)
+    truth, guess = rng.integers(0, 5, (20, 12)), rng.integers(0, 6, (20, 12))
+    expected = [f1_score(a, b, average="macro", zero_division=0) for a, b in zip(truth, guess, strict=True)]
+    np.testing.assert_allclose(metrics.macro_f1_rows(truth, guess), expected)
+    np.testing.assert_allclose(
+        metrics.mae_rows(truth, guess), [np.abs(a - b).mean() for a, b in zip(truth, guess, strict=True)]
+    )
+    rows = metrics.kept_rows(truth > 2, guess > 3)
+    for i in range(20):
+        assert {name: rows[name][i] for name in rows} == pytest.approx(metrics.kept_class(truth[i] > 2, guess[i] > 3))
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=2))

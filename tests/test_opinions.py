@@ -222,6 +222,43 @@ def test_calibration_of_written_answers_is_refused(tmp_path: Path) -> None:
         rate.run(recipe(tmp_path, "http://127.0.0.1:9/v1", rate={"calibrate": True}))
 
 
+# -- probabilities
+
+
+def test_ratings_carry_the_mean_probability_of_each_value(tmp_path: Path) -> None:
+    """Of two raters one is surer than the other; choices of the same value count together."""
+
+    def answer(asked: Asked) -> Reply:
+        good, fair, bad = (0.5, 0.25, 0.25) if asked.body["model"] == "m" else (0.8, 0.2, 0.0)
+        return likes({name: math.log(p) for name, p in ((" good", good), (" fair", fair), (" bad", bad)) if p})
+
+    two_of_a_value = [{"value": 5, "answers": [" good"]}, {"value": 0, "answers": [" fair"]}]
+    prompt = {"read": "choices", "choices": [*two_of_a_value, {"value": 0, "answers": [" bad"]}]}
+    with serve(answer) as server:
+        r = recipe(tmp_path, server.url, prompt=prompt, rate={"more_teachers": [{"model": "other"}]})
+        rate.run(r)
+    for row in ratings(r).values():
+        assert dict(row["probabilities"]) == {0.0: pytest.approx(0.35), 5.0: pytest.approx(0.65)}
+        assert row["score"] == pytest.approx(sum(value * p for value, p in row["probabilities"]))
+
+
+@pytest.mark.parametrize("change", [{"normalise": False}, {"line": {"offset": 1.0, "slope": 0.5}}])
+def test_a_score_that_is_no_expected_value_has_no_probabilities(tmp_path: Path, change: dict[str, Any]) -> None:
+    with serve(lambda _: likes({" good": math.log(0.6), " bad": math.log(0.2)})) as server:
+        r = recipe(tmp_path, server.url, prompt={**CHOICES, **change})
+        rate.run(r)
+    assert {(row["reason"], row["probabilities"]) for row in ratings(r).values()} == {(None, None)}
+
+
+def test_one_written_opinion_among_them_leaves_no_probabilities() -> None:
+    sure, written = Reading(4.0, probabilities={5.0: 0.8, 0.0: 0.2}), Reading(4.0)
+    unread = Reading(None, "no_score")
+    assert verdict([sure, sure], np.mean).probabilities == {5.0: pytest.approx(0.8), 0.0: pytest.approx(0.2)}
+    assert verdict([sure, unread], np.mean).probabilities == {5.0: 0.8, 0.0: 0.2}
+    assert verdict([sure, written], np.mean).probabilities is None
+    assert verdict([unread], np.mean).probabilities is None
+
+
 # -- named scores
 
 JSON_PROMPT = {"read": "json", "attributes": {"value": [0, 5], "clarity": [0, 5], "toxicity": [0, 1]}}

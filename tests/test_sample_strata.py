@@ -63,6 +63,16 @@ def test_a_source_is_the_first_folder_below_the_corpus_and_a_dot_is_beside_them(
     assert all(document.text.startswith(document.stratum or "") or document.stratum == "." for document in documents)
 
 
+def test_a_group_is_what_its_column_says_and_settles_which_copy_stays(tmp_path: Path) -> None:
+    rows = [{"text": "a", "id": 1, "site": 7}, {"text": "b", "id": 2, "site": None}, {"text": "a", "id": 1, "site": 3}]
+    for order in (rows, rows[::-1]):
+        write(tmp_path / "a.jsonl", order)
+        documents, _ = sample(Corpus(path=str(tmp_path), id_column="id"), 5, 0, group_column="site")
+        assert {document.text: document.group for document in documents} == {"a": "3", "b": None}
+    with pytest.raises(UserError, match="no column 'web'"):
+        sample(Corpus(path=str(tmp_path), id_column="id"), 5, 0, group_column="web")
+
+
 def test_a_glob_has_sources_too(tmp_path: Path) -> None:
     for name in ("web", "books"):
         write(tmp_path / name / "a.jsonl", [{"text": f"{name} {i}"} for i in range(9)])

@@ -1,4 +1,6 @@
 import json
+import shutil
+from collections import Counter
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -9,17 +11,29 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import config, formats, score, student
+from pipeline.encoder import Encoder
 from pipeline.errors import UserError
-from pipeline.student import Head, Student
+from pipeline.student import Head, Layer, Student
+
+CUTS = (-3.0, 0.5, 2.2, 2.9, 7.0)
+
+
+def make_student(folder: Path, tiny_encoder: Path, cuts: tuple[float, ...] = (), **settings: object) -> Path:
+    values = {"model": str(tiny_encoder), "max_tokens": 64, "dtype": "float32", "device": "cpu", **settings}
+    weight = np.random.default_rng(0).normal(size=32).astype(np.float32)
+    head = Head("score", "score", (Layer(weight[None], np.array([2.5], np.float32)),), (0, 5), cuts=cuts)
+    Student(config.Encoder.model_validate(values), (head,)).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved_student(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+    return make_student(tmp_path_factory.mktemp("students") / "student", tiny_encoder)
 
 
 @pytest.fixture
-def student_folder(tmp_path: Path, tiny_encoder: Path) -> Path:
-    settings = config.Encoder(model=str(tiny_encoder), max_tokens=64, dtype="float32", device="cpu")
-    weight = np.random.default_rng(0).normal(size=32).astype(np.float32)
-    head = Head("score", "score", weight[None], np.array([2.5], np.float32), (0, 5))
-    Student(settings, (head,)).save(tmp_path / "student")
-    return tmp_path / "student"
+def student_folder(tmp_path: Path, saved_student: Path) -> Path:
+    return Path(shutil.copytree(saved_student, tmp_path / "student"))
 
 
 def recipe(tmp_path: Path, corpus_path: Path, student_folder: Path, **settings: object) -> config.Recipe:
@@ -53,6 +67,7 @@ def test_every_document_gets_a_score_and_an_int_score_in_its_place(
         np.testing.assert_allclose(after["score"].to_numpy(), expected, atol=1e-4)
         assert after["int_score"].to_pylist() == np.clip(np.floor(after["score"].to_numpy() + 0.5), 0, 5).tolist()
     assert sum(result.int_score_counts.values()) == 60 and result.label_counts == {}
+    assert result.half_up_counts == result.int_score_counts and result.n_windows == 60
 
 
 def test_empty_and_null_texts_have_null_scores_and_are_counted(tmp_path: Path, student_folder: Path):
@@ -152,7 +167,8 @@ def test_another_student_scores_everything_again(tmp_path: Path, corpus_folder: 
     score.run(settings)
     changed = student.load(student_folder)
     (head,) = changed.heads
-    changed.heads = (replace(head, bias=head.bias + 1),)
+    (layer,) = head.layers
+    changed.heads = (replace(head, layers=(layer._replace(bias=layer.bias + 1),)),)
     changed.save(student_folder)
     with pytest.raises(UserError, match=r"settings.student changed"):
         score.run(settings)
@@ -215,12 +231,107 @@ def test_windows_of_rows_bound_the_memory_of_a_shard(tmp_path: Path, student_fol
     monkeypatch.setattr(formats, "BATCH_ROWS", 64)
     pq.write_table(pa.table({"text": [f"text {i}" for i in range(300)]}), tmp_path / "corpus.parquet")
     seen: list[int] = []
-    original = Student.predict_counted
+    original = Encoder.embed
 
     def watched(self, texts, step):
         seen.append(len(texts))
         return original(self, texts, step)
 
-    monkeypatch.setattr(Student, "predict_counted", watched)
+    monkeypatch.setattr(Encoder, "embed", watched)
     score.run(recipe(tmp_path, tmp_path / "corpus.parquet", student_folder))
     assert seen == [64, 64, 64, 64, 44]
+
+
+def counts(values: np.ndarray) -> dict[str, int]:
+    return {str(value): n for value, n in sorted(Counter(values.tolist()).items())}
+
+
+def test_both_roundings_are_counted_and_the_students_own_cuts_are_written(
+    tmp_path: Path, corpus_folder: Path, tiny_encoder: Path
+):
+    fitted = make_student(tmp_path / "fitted", tiny_encoder, CUTS)
+    result = score.run(recipe(tmp_path, corpus_folder, fitted))
+    shards = [scored(tmp_path, f"part-{i}.parquet") for i in range(3)]
+    scores = np.concatenate([shard["score"].to_numpy() for shard in shards])
+    ints = np.concatenate([shard["int_score"].to_numpy() for shard in shards])
+    assert ints.tolist() == np.searchsorted(CUTS, scores, side="right").tolist()
+    assert result.int_score_counts == counts(ints)
+    half_up = np.clip(np.floor(scores + 0.5), 0, 5).astype(int)
+    assert result.half_up_counts == counts(half_up)
+    assert result.half_up_counts != result.int_score_counts
+
+
+def test_all_windows_of_a_document_count_for_its_score(tmp_path: Path, corpus_folder: Path, tiny_encoder: Path):
+    folder = make_student(tmp_path / "all", tiny_encoder, windows="all", aggregate="max")
+    result = score.run(recipe(tmp_path, corpus_folder, folder))
+    assert result.n_truncated == 0 and result.n_windows > 180
+    loaded = student.load(folder)
+    embedded = loaded.encoder.embed(pq.read_table(corpus_folder / "part-0.parquet")["text"].to_pylist())
+    by_window = loaded.heads[0].outputs(embedded.vectors)[:, 0]
+    highest = [by_window[embedded.owners == i].max() for i in range(20)]
+    np.testing.assert_allclose(scored(tmp_path, "part-0.parquet")["score"].to_numpy(), highest, atol=1e-4)
+
+
+# -- embeddings -------------------------------------------------------------------------------------------------------
+
+
+def kept(tmp_path: Path, name: str) -> pa.Table:
+    return pq.read_table(tmp_path / "run" / "score" / "embeddings" / name)
+
+
+def test_embeddings_are_kept_in_the_place_of_their_documents(tmp_path: Path, tiny_encoder: Path, texts: list[str]):
+    folder = make_student(tmp_path / "spread", tiny_encoder, windows="spread")
+    source = tmp_path / "corpus.parquet"
+    pq.write_table(pa.table({"text": [texts[0], "", texts[1], None, "short"]}), source)
+    score.run(recipe(tmp_path, source, folder, keep_embeddings=True))
+    found = kept(tmp_path, "corpus.parquet")
+    assert found.schema.names == ["embedding"] and found.schema.field(0).type == pa.list_(pa.float16(), 32)
+    rows = found["embedding"].to_pylist()
+    assert [row is None for row in rows] == [False, True, False, True, False]
+    embedded = student.load(folder).encoder.embed([texts[0], texts[1], "short"])
+    expected = [embedded.vectors[embedded.owners == i].mean(axis=0) for i in range(3)]
+    np.testing.assert_allclose(np.array([rows[0], rows[2], rows[4]], np.float32), expected, atol=2e-3)
+
+
+def test_a_corpus_of_empty_documents_has_no_score_and_no_embedding(tmp_path: Path, student_folder: Path):
+    pq.write_table(pa.table({"text": ["", None, " "]}), tmp_path / "corpus.parquet")
+    result = score.run(recipe(tmp_path, tmp_path / "corpus.parquet", student_folder, keep_embeddings=True))
+    assert (result.n_scored, result.n_empty, result.n_windows, result.int_score_counts) == (0, 3, 0, {})
+    assert kept(tmp_path, "corpus.parquet")["embedding"].to_pylist() == [None, None, None]
+    assert scored(tmp_path, "corpus.parquet")["score"].to_pylist() == [None, None, None]
+
+
+def test_embeddings_are_not_kept_unless_asked_and_old_ones_go(
+    tmp_path: Path, corpus_folder: Path, student_folder: Path
+):
+    settings = recipe(tmp_path, corpus_folder, student_folder, keep_embeddings=True)
+    score.run(settings)
+    folder = tmp_path / "run" / "score" / "embeddings"
+    assert len(list(folder.iterdir())) == 3
+    score.run(recipe(tmp_path, corpus_folder, student_folder), redo=True)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("lost", ["embeddings", "scored"])
+def test_a_shard_is_done_only_with_its_embeddings(
+    tmp_path: Path, corpus_folder: Path, student_folder: Path, lost: str
+):
+    settings = recipe(tmp_path, corpus_folder, student_folder, keep_embeddings=True)
+    score.run(settings)
+    out = tmp_path / "run" / "score"
+    whole = {path: path.read_bytes() for path in out.glob("*/*.parquet")}
+    assert len(whole) == 6
+    path = out / lost / "part-1.parquet"
+    path.write_bytes(whole[path][:-50])
+    assert score.run(settings).n_shards_reused == 2
+    assert {path: path.read_bytes() for path in out.glob("*/*.parquet")} == whole
+    assert score.run(settings).n_shards_reused == 2, "finished: the result is read, nothing is done again"
+
+
+def test_hugging_face_reads_kept_embeddings(tmp_path: Path, corpus_folder: Path, student_folder: Path):
+    datasets = pytest.importorskip("datasets")
+    score.run(recipe(tmp_path, corpus_folder, student_folder, keep_embeddings=True))
+    files = str(tmp_path / "run" / "score" / "embeddings" / "*.parquet")
+    found = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert found.num_rows == 60
+    assert np.array(found[0]["embedding"]).tolist() == kept(tmp_path, "part-0.parquet")["embedding"][0].as_py()

@@ -37,7 +37,10 @@ ROWS = [
         "clarity": 3.0,
         "spread": 0.5,
         "n_opinions": 2,
+        "probabilities": [(0.0, 0.1), (5.0, 0.9)],
         "stratum": "web",
+        "group": "example.org",
+        "round": 2,
         "gold": 5.0,
         "opinions": [
             said(5.0, answer="Score: 5", attributes=[("clarity", 3.0)]),
@@ -112,7 +115,7 @@ def test_a_document_is_shown_with_everything_that_was_said_of_it(run_folder: Pat
     out = shown(capsys, run_folder, "--n", 1, "--chars", 40)
     assert out == (
         "---- 1 of 1 ---- good\n"
-        "score 4.50   clarity 3.00   spread 0.50   stratum web   gold 5.00\n"
+        "score 4.50   clarity 3.00   spread 0.50   stratum web   group example.org   round 2   gold 5.00\n"
         "\n"
         "Photosynthesis turns light into sugar. P [... 1,130 more characters]\n"
         "\n"

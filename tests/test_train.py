@@ -6,13 +6,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import config, student, train
+from pipeline import config, lesson, metrics, splits, student, train
+from pipeline.encoder import Embedded
 from pipeline.errors import UserError
 from pipeline.figures import ScoreFigures
+from pipeline.lesson import Material
 from pipeline.targets import Target
 
 
-def ratings_file(tmp_path: Path, scores: list[float | None], texts: list[str], **columns: list) -> Path:
+def ratings_file(tmp_path: Path, scores: list[float | None], texts: list[str], **columns: object) -> Path:
     n = len(scores)
     opinions = [[{"prompt": "edu", "prompt_digest": digest, "teacher": "t"} for digest in ("p", "q")]] * n
     table = {
@@ -34,7 +36,7 @@ def settings(tmp_path: Path, encoder: Path, **values: object) -> config.Recipe:
         {
             "run_folder": tmp_path / "run",
             "encoder": {"model": str(encoder), "max_tokens": 64, "dtype": "float32", "device": "cpu"},
-            "train": {"ratings": tmp_path / "ratings.parquet", **values},
+            "train": {"ratings": tmp_path / "ratings.parquet", "learning_curve": False, **values},
         }
     )
 
@@ -43,9 +45,8 @@ def learnable(encoder: Path, texts: list[str], seed: int = 0) -> list[float]:
     """Scores that are linear in the embeddings, on 0 to 5, with a little noise."""
     from pipeline.encoder import Encoder
 
-    embeddings, _ = Encoder(config.Encoder(model=str(encoder), max_tokens=64, dtype="float32", device="cpu")).embed(
-        texts
-    )
+    embeddings = Encoder(config.Encoder(model=str(encoder), max_tokens=64, dtype="float32", device="cpu")).embed(texts)
+    embeddings = embeddings.documents()
     rng = np.random.default_rng(seed)
     raw = embeddings @ rng.normal(size=embeddings.shape[1])
     raw = (raw - raw.mean()) / raw.std() + rng.normal(scale=0.05, size=len(raw))
@@ -78,33 +79,21 @@ def test_the_saved_student_gives_the_reported_predictions(tmp_path: Path, tiny_e
     np.testing.assert_allclose(scores, predictions["predicted_score"].to_numpy(), atol=1e-4)
 
 
-def test_trap_12_no_document_is_in_two_parts_and_copies_never_cross(tmp_path: Path, many: list[str]):
-    recipe = settings(tmp_path, tmp_path)
-    parts = train.split([*many, *many[:50]], recipe)
-    assert set(parts) == {"train", "validation", "test"}
-    assert parts[:50].tolist() == parts[300:].tolist()
-
-
 def test_trap_12_the_test_part_chooses_nothing(tmp_path: Path, tiny_encoder: Path, many: list[str]):
     scores = np.array(learnable(tiny_encoder, many))
-    embeddings = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
-    parts = train.split(many, settings(tmp_path, tiny_encoder))
+    recipe = settings(tmp_path, tiny_encoder, learning_curve=True)
+    vectors = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    embedded = Embedded(vectors, np.arange(300), np.full(300, 9), 0)
+    split = splits.split(many, [0] * 300, [None] * 300, [0] * 300, recipe.train, 0)
+    split = split._replace(units=np.arange(300))
     shuffled = scores.copy()
-    shuffled[parts == "test"] = 5 - scores[parts == "test"]
-    recipe = settings(tmp_path, tiny_encoder)
+    shuffled[split.parts == "test"] = 5 - scores[split.parts == "test"]
+    material = Material(embedded, vectors, split, np.zeros(300, np.int64), recipe)
     targets = [Target("score", "score", values.tolist(), (0, 5)) for values in (scores, shuffled)]
-    one, other = (train.learn(target, embeddings, parts, recipe) for target in targets)
-    np.testing.assert_array_equal(one.fit.head.weight, other.fit.head.weight)
-    assert (one.cut, one.fit.strength) == (other.cut, other.fit.strength)
-
-
-def test_the_split_is_seeded_and_does_not_depend_on_the_order(tmp_path: Path, many: list[str]):
-    recipe = settings(tmp_path, tmp_path)
-    parts = dict(zip(many, train.split(many, recipe), strict=True))
-    backwards = dict(zip(many[::-1], train.split(many[::-1], recipe), strict=True))
-    assert parts == backwards
-    other = dict(zip(many, train.split(many, recipe.model_copy(update={"seed": 1})), strict=True))
-    assert parts != other
+    one, other = (lesson.learn(target, material) for target in targets)
+    np.testing.assert_array_equal(one.fit.head.layers[0].weight, other.fit.head.layers[0].weight)
+    assert (one.cut, one.cuts, one.fit.strength) == (other.cut, other.cuts, other.fit.strength)
+    assert one.learning_curve == other.learning_curve
 
 
 def test_trap_14_a_score_that_occurs_once_is_no_crash(tmp_path: Path, tiny_encoder: Path, many: list[str]):
@@ -128,7 +117,7 @@ def test_trap_11_a_rating_of_zero_is_learned_from(tmp_path: Path, tiny_encoder: 
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        ([1.0, 2.0, 3.0] * 3, "only 9 documents have a score; rate at least 10"),
+        ([1.0, 2.0, 3.0] * 6, "only 18 documents have a score; rate at least 20"),
         ([3.0] * 40, "all 26 documents to learn from have the score 3.0; mend the prompt"),
         ([None] * 40, "only 0 documents have a score"),
     ],
@@ -150,10 +139,27 @@ def test_a_student_names_all_the_prompts_and_teachers_it_learned_from(
     assert (about["prompts"], about["teachers"]) == (["p", "q"], ["t"])
 
 
-def test_nan_is_a_missing_score_and_never_learned_from(tmp_path: Path, tiny_encoder: Path, many: list[str]):
-    scores = [float("nan") if i % 4 == 0 else 1.0 + i % 3 for i in range(80)]
-    result = train.run(settings(tmp_path, tiny_encoder, ratings=ratings_file(tmp_path, scores, many)))
-    assert result.n_unscored == 20
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (float("nan"), r"score of document 'd7' is NaN; leave it empty"),
+        (7.0, r"score of document 'd7' is 7, outside the scale 0 to 5"),
+        (-0.5, r"is -0.5, outside the scale"),
+    ],
+)
+def test_a_number_that_is_no_score_is_refused_and_named(
+    tmp_path: Path, tiny_encoder: Path, many: list[str], bad: float, message: str
+):
+    ratings_file(tmp_path, [bad if i == 7 else 1.0 + i % 3 for i in range(80)], many)
+    with pytest.raises(UserError, match=message):
+        train.run(settings(tmp_path, tiny_encoder))
+
+
+def test_ratings_of_another_prompt_mixed_in_are_refused(tmp_path: Path, tiny_encoder: Path, many: list[str]):
+    asked = [[{"prompt": "edu", "prompt_digest": "aa" if i < 50 else "bb", "teacher": "t"}] for i in range(80)]
+    ratings_file(tmp_path, [1.0, 2.0] * 40, many, opinions=asked)
+    with pytest.raises(UserError, match=r"mixes ratings of different prompts \(50 by edu aa; 30 by edu bb\)"):
+        train.run(settings(tmp_path, tiny_encoder))
 
 
 def test_attributes_are_learned_beside_the_score_each_on_its_own_scale(
@@ -172,14 +178,19 @@ def test_attributes_are_learned_beside_the_score_each_on_its_own_scale(
     ints = student.load(tmp_path / "run/train/student").predict(many)["int_depth"]
     assert set(ints.tolist()) == {1, 2, 3}
     names = pq.read_schema(tmp_path / "run/train/predictions.parquet").names
-    assert names == ["id", "split", "score", "predicted_score", "depth", "predicted_depth"]
+    assert names[:3] == ["id", "split", "round"]
+    assert names[3:] == [f"{kind}{name}" for name in ("score", "depth") for kind in ("", "predicted_", "held_out_")]
 
 
 def test_a_score_learned_beside_others_is_the_one_learned_alone(tmp_path: Path, tiny_encoder: Path, many: list[str]):
     ratings_file(tmp_path, learnable(tiny_encoder, many), many, depth=[1.0, 2.0, 3.0] * 100)
     alone = train.run(settings(tmp_path, tiny_encoder))
+    (tmp_path / "run/train/predictions.parquet").rename(tmp_path / "alone.parquet")
     beside = train.run(settings(tmp_path, tiny_encoder, targets=["depth", "score"]), redo=True)
-    assert alone.targets["score"] == beside.targets["score"]
+    assert alone.targets["score"].spearman == pytest.approx(beside.targets["score"].spearman, abs=0.05)
+    one, other = (pq.read_table(tmp_path / name) for name in ("alone.parquet", "run/train/predictions.parquet"))
+    assert one.column_names == ["id", "split", "round", "score", "predicted_score", "held_out_score"]
+    assert other.column_names[-3:] == ["score", "predicted_score", "held_out_score"]
 
 
 @pytest.mark.parametrize(
@@ -240,3 +251,118 @@ def test_train_before_rate_says_what_to_run(tmp_path: Path, tiny_encoder: Path):
     recipe = settings(tmp_path, tiny_encoder).model_copy(update={"train": config.Train()})
     with pytest.raises(UserError, match=r"run gristmill rate first"):
         train.run(recipe)
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_held_out_predictions_are_others_than_the_students_where_it_has_learned(
+    tmp_path: Path, tiny_encoder: Path, many: list[str]
+):
+    ratings_file(tmp_path, learnable(tiny_encoder, many), many)
+    train.run(settings(tmp_path, tiny_encoder))
+    for row in pq.read_table(tmp_path / "run/train/predictions.parquet").to_pylist():
+        assert (row["held_out_score"] == row["predicted_score"]) == (row["split"] != "train")
+
+
+def test_a_held_out_prediction_does_not_follow_the_documents_own_score(tmp_path: Path, many: list[str]):
+    recipe = settings(tmp_path, tmp_path)
+    rng = np.random.default_rng(0)
+    vectors, scores = rng.normal(size=(300, 8)).astype(np.float32), rng.integers(0, 5, 300).astype(float)
+    split = splits.split(many, [0] * 300, [None] * 300, [0] * 300, recipe.train, 0)
+    embedded = Embedded(vectors, np.arange(300), np.full(300, 9), 0)
+    material = Material(embedded, vectors, split, np.zeros(300, np.int64), recipe)
+    at = int(np.flatnonzero(split.parts == "train")[0])
+    changed = scores + 0.2 * (np.arange(300) == at)  # stays in its stratum, so that the folds are the same
+    found = []
+    for values in (scores, changed):
+        target = Target("score", "score", values.tolist(), (0, 5))
+        fit = lesson.fit_on(target, material, split.parts == "train", strength=1.0)
+        predicted = lesson.predictions(fit.head, material).astype(np.float64)
+        found.append((predicted, lesson.held_out_predictions(target, material, fit, predicted, False)))
+    (one, one_held_out), (other, other_held_out) = found
+    assert one[at] != other[at] and one_held_out[at] == other_held_out[at]
+    assert (one_held_out != other_held_out).any()
+
+
+def test_the_counts_of_the_test_part_add_up_in_every_table(tmp_path: Path, tiny_encoder: Path, many: list[str]):
+    ratings_file(tmp_path, learnable(tiny_encoder, many), many)
+    found = train.run(settings(tmp_path, tiny_encoder)).targets["score"]
+    assert isinstance(found, ScoreFigures) and len(found.int_cuts) == 5
+    assert all(sum(counts.values()) == found.n_test for counts in found.int_score_counts.values())
+    assert sum(sum(row.values()) for row in found.confusion.values()) == found.n_test
+    assert sum(each["n"] for each in found.calibration) == found.n_test
+    predictions = pq.read_table(tmp_path / "run/train/predictions.parquet").to_pandas()
+    test = predictions[predictions["split"] == "test"]
+    teacher, guess = test["score"].to_numpy(), test["predicted_score"].to_numpy()
+    for name, cuts in (("fitted", tuple(found.int_cuts)), ("half_up", ())):
+        ints = metrics.int_scores(guess, (0, 5), cuts)
+        assert found.int_score_counts[name] == {str(k): int((ints == k).sum()) for k in range(6)}
+        assert found.kept_shares[name] == (ints >= found.good_from).mean()
+    kappa = metrics.quadratic_weighted_kappa(
+        metrics.int_scores(teacher, (0, 5)), metrics.int_scores(guess, (0, 5), tuple(found.int_cuts)), (0, 5)
+    )
+    assert found.kappa == pytest.approx(kappa)
+    for name, interval in found.intervals.items():
+        figure = getattr(found, name) if "." not in name else getattr(found, name.split(".")[0])[name.split(".")[1]]
+        assert interval is not None and interval[0] <= figure <= interval[1], name
+
+
+@pytest.mark.parametrize("rounding", ["fitted", "half_up"])
+def test_the_rounding_that_is_stated_is_the_one_that_is_written(
+    tmp_path: Path, tiny_encoder: Path, many: list[str], rounding: str
+):
+    ratings_file(tmp_path, learnable(tiny_encoder, many), many)
+    found = train.run(settings(tmp_path, tiny_encoder, rounding=rounding)).targets["score"]
+    made = student.load(tmp_path / "run/train/student")
+    assert isinstance(found, ScoreFigures) and found.rounding == rounding
+    assert list(made.heads[0].cuts) == (found.int_cuts if rounding == "fitted" else [])
+    assert made.about["rounding"].startswith(
+        "int_score counts the cuts" if rounding == "fitted" else "int_score is fl"
+    )
+    written = made.predict(many)
+    expected = metrics.int_scores(written["score"], (0, 5), made.heads[0].cuts)
+    assert written["int_score"].tolist() == expected.tolist()
+
+
+def test_the_ceiling_is_the_teachers_agreement_with_itself(tmp_path: Path, tiny_encoder: Path, many: list[str]):
+    scores = [float(i % 6) for i in range(60)]
+    again = [5 - score if i % 10 == 0 else score for i, score in enumerate(scores)]
+    opinions = [
+        [
+            {"prompt": "edu", "prompt_digest": "p", "teacher": "t", "repeat": repeat, "score": said[i]}
+            for repeat, said in enumerate((scores, again))
+        ]
+        for i in range(60)
+    ]
+    ratings_file(tmp_path, scores, many, opinions=opinions)
+    found = train.run(settings(tmp_path, tiny_encoder)).targets["score"]
+    expected = metrics.agreement(scores, again, (0, 5))
+    assert isinstance(found, ScoreFigures) and found.ceiling is not None
+    assert (found.ceiling["n"], found.ceiling["kappa"]) == (60, pytest.approx(expected["kappa"]))
+    assert found.ceiling["spearman"] == pytest.approx(expected["spearman"])
+
+
+def test_ratings_given_once_have_no_ceiling(tmp_path: Path, tiny_encoder: Path, many: list[str]):
+    ratings_file(tmp_path, [1.0, 2.0] * 20, many)
+    assert train.run(settings(tmp_path, tiny_encoder)).targets["score"].ceiling is None
+
+
+def test_documents_of_later_rounds_are_learned_from_and_never_judged_on(
+    tmp_path: Path, tiny_encoder: Path, many: list[str]
+):
+    rounds = [0] * 200 + [1] * 100
+    ratings_file(tmp_path, learnable(tiny_encoder, many), many, round=pa.array(rounds, pa.int32()))
+    result = train.run(settings(tmp_path, tiny_encoder))
+    assert (result.n_validation, result.n_test, result.n_train + result.n_aside) == (30, 40, 230)
+    rows = pq.read_table(tmp_path / "run/train/predictions.parquet").to_pylist()
+    assert {row["split"] for row in rows if row["round"] == 1} <= {"train", "aside"}
+
+
+def test_a_second_head_embeds_nothing_again(tmp_path: Path, tiny_encoder: Path, many: list[str]):
+    ratings_file(tmp_path, [float(i % 6) for i in range(60)], many)
+    train.run(settings(tmp_path, tiny_encoder))
+    (tmp_path / "run/embeddings.sqlite").chmod(0o644)
+    before = (tmp_path / "run/embeddings.sqlite").read_bytes()
+    train.run(settings(tmp_path, tiny_encoder, head="ordinal"), redo=True)
+    assert (tmp_path / "run/embeddings.sqlite").read_bytes() == before
