@@ -12,10 +12,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline import consensus, corpus, panel, ratings, scored, teacher
-from pipeline.config import Asking, Audit, Recipe
+from pipeline.config import Asking, Audit, Filter, Recipe, load_recipe
 from pipeline.config import Corpus as CorpusSettings
 from pipeline.consensus import Verdict
 from pipeline.errors import UserError
+from pipeline.keys import gives_amount
 from pipeline.metrics import Floats, sortable, unsortable
 from pipeline.panel import Collected, Opinions, Rater
 from pipeline.sample import Document, priority
@@ -85,6 +86,8 @@ def run(recipe: Recipe, redo: bool = False) -> AuditResult:
             return done
         survey = surveyed(found, shards)
         judge = Judge.of(recipe, survey, raters[0].prompt.scale)
+        if judge.cut_from == "train" and (recipe.run_folder / "filter" / "result.json").exists():
+            log.warning("audit: the score alone does not tell what was kept; the figures are from %g up", judge.cut)
         n_kept = sum(int(np.sum(scored.scores(batch) >= judge.cut)) for _, batch in batches(found, shards, ["score"]))
         drawn = draw(found, shards, survey.strata(recipe.audit.strata), recipe)
         texts = list(dict.fromkeys(each.document.text for each in drawn))
@@ -114,7 +117,7 @@ def inputs(recipe: Recipe, raters: list[Rater], shards: list[Shard]) -> dict[str
         "consensus": recipe.rate.consensus,
         "calibrate": recipe.rate.calibrate,
         "good_from": recipe.train.good_from,
-        "cut": [cut, cut_from, recipe.filter.min_int_score],
+        "cut": [cut, cut_from, filter_settings(recipe).min_int_score if cut is None else None],
         "shards": {shard.name: fingerprint(shard) for shard in shards},
         "seed": recipe.seed,
     }
@@ -123,16 +126,22 @@ def inputs(recipe: Recipe, raters: list[Rater], shards: list[Shard]) -> dict[str
 def given_cut(recipe: Recipe) -> tuple[float | None, str]:
     """The score from which documents are kept, as filtered or as the recipe says, else as the student was judged; and
     which of them. None: not told as a score."""
-    settings = recipe.filter
-    filtered = read_json(recipe.run_folder / "filter" / "result.json") or {}
-    if settings.min_int_score is not None:
-        return None, "filter"
+    filtered, settings = read_json(recipe.run_folder / "filter" / "result.json") or {}, filter_settings(recipe)
     if filtered.get("cut") is not None:
         return float(filtered["cut"]), "filter"
-    if settings.min_score is not None:
+    if not gives_amount(settings) and settings.min_int_score is not None:
+        return None, "filter"
+    if not gives_amount(settings) and settings.min_score is not None:
         return settings.min_score, "filter"
     trained = read_json(recipe.run_folder / "train" / "result.json") or {}
     return trained.get("targets", {}).get("score", {}).get("cut"), "train"
+
+
+def filter_settings(recipe: Recipe) -> Filter:
+    """Those that the kept corpus was made with, else the recipe's."""
+    made = recipe.run_folder / "filter" / "recipe.yaml"
+    is_done = made.exists() and (made.parent / "result.json").exists()
+    return load_recipe(made, {}).filter if is_done else recipe.filter
 
 
 class Judge(NamedTuple):
@@ -147,8 +156,8 @@ class Judge(NamedTuple):
         """As the recipe and the stages before say."""
         good_from = sum(scale) / 2 if recipe.train.good_from is None else recipe.train.good_from
         cut, cut_from = given_cut(recipe)
-        least = recipe.filter.min_int_score
-        if least is not None:
+        least = filter_settings(recipe).min_int_score
+        if cut_from == "filter" and cut is None and least is not None:
             cut = min((low for value, low in survey.lowest.items() if value >= least), default=survey.highest + 1)
         return cls(good_from, good_from if cut is None else cut, cut_from)
 
@@ -324,7 +333,7 @@ def estimates(survey: Survey, of: Strata, drawn: list[Drawn], truth: Floats, jud
         for value, lowest in sorted(survey.lowest.items())[1:]
     ]
     return {
-        **at(judge.cut, "base_rate", "precision", "recall"),
+        **at(float(np.float32(judge.cut)), "base_rate", "precision", "recall"),  # as the scores are compared
         "by_cut": by_cut,
         "strata": in_strata(survey, of, drawn, truth, judge.good_from),
     }

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from pipeline import prompts
-from pipeline.card_text import MEASURES, Figures, between, sections, title, told
+from pipeline.card_text import Figures, between, measure, sections, title, told
 from pipeline.config import Recipe, Settings
 from pipeline.errors import UserError, needs
 from pipeline.storage import write_text
@@ -69,16 +69,20 @@ def of_run(recipe: Recipe) -> dict[str, Any]:
     paths = [path for path in (recipe.rate.prompt, *recipe.rate.more_prompts, recipe.label.prompt) if path]
     return {
         "prompt_files": [prompt_file(path) for path in paths if path.exists()],
-        "recipe": yaml.safe_dump({name: settings for name, settings in own_settings(recipe) if settings}),
+        "recipe": yaml.safe_dump(dict(own_settings(recipe))),
     }
 
 
-def own_settings(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is not the default of the sections that decide the student; nothing of where and how fast it was made."""
+def own_settings(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """What is not the default of the seed and the sections that decide the student; nothing of where and how fast it
+    was made."""
+    if recipe.seed != Recipe().seed:
+        yield "seed", recipe.seed
     for name in ("corpus", "teacher", "rate", "label", "encoder", "train"):
         section: Settings = getattr(recipe, name)
         given = section.model_dump(mode="json", exclude_defaults=True)
-        yield name, {key: value for key, value in given.items() if key in section.identity()}
+        if own := {key: value for key, value in given.items() if key in section.identity()}:
+            yield name, own
 
 
 def prompt_file(path: Path) -> dict[str, str]:
@@ -110,7 +114,7 @@ def eval_results(targets: dict[str, Figures]) -> Iterator[Any]:
                 dataset_type="gristmill-ratings",
                 dataset_name=f"the teacher's {target}, test part",
                 metric_type=ON_THE_HUB[name],
-                metric_name=f"{target}: {MEASURES[name]}"
+                metric_name=f"{target}: {measure(name, figures)}"
                 + (f", 95% interval {between(interval)}" if interval else ""),
                 metric_value=round(value, 4),
             )

@@ -119,8 +119,8 @@ def code(text: str, language: str = "python") -> str:
 def quality(name: str, figures: Figures) -> str:
     """A target's figures on the test part."""
     rows = [
-        f"| {MEASURES[measure]} | {value:.3f} | {between(interval) if interval else ''} |"
-        for measure, value, interval in told(figures, MEASURES)
+        f"| {measure(known, figures)} | {value:.3f} | {between(interval) if interval else ''} |"
+        for known, value, interval in told(figures, MEASURES)
     ]
     if not rows:
         return ""
@@ -274,6 +274,11 @@ def told(figures: Figures, names: dict[str, str]) -> Iterator[tuple[str, float, 
         value = value.get(inner) if inner and isinstance(value, dict) else value
         if isinstance(value, int | float):
             yield name, float(value), (figures.get("intervals") or {}).get(name)
+
+
+def measure(name: str, figures: Figures) -> str:
+    """What a figure is called; the macro F1 of labels is over them."""
+    return "Macro F1 (labels)" if name == "macro_f1" and "n_rare_labels" in figures else MEASURES[name]
 
 
 def between(interval: list[float]) -> str:

@@ -50,8 +50,7 @@ class FilterResult(Result):
     tokens_counted_by: str | None
     """The column they stand in, or how many bytes of text count as one."""
     cut: float | None
-    """Lowest score that is kept; of int_score where the cut is made there; None where it differs by group or by
-    chance."""
+    """Lowest score that is kept; None where it differs by group or by chance, and where an int_score keeps nothing."""
     groups: list[dict[str, Any]]
     """With filter.per_group: value, n_rows, n_kept, n_tokens_kept and cut of each, largest first."""
     quality: dict[str, Any] | None
@@ -263,9 +262,9 @@ def shown(heap: list[Example]) -> list[dict[str, Any]]:
 
 
 def cut_of(rule: Rule, tally: Tally, settings: config.Filter) -> float | None:
-    """The lowest score, or int_score, that is kept; None where that says nothing."""
-    if rule.cuts is None:
-        return rule.floor.cut if rule.floor else None
+    """The lowest score that is kept; None where that says nothing."""
+    if rule.cuts is None and rule.floor and rule.floor.column == "score":
+        return rule.floor.cut
     one = settings.sampling == "top" and not settings.per_group and tally.n_kept.any()
     return float(tally.lowest[0]) if one else None
 

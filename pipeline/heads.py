@@ -31,6 +31,9 @@ MLP_STRENGTHS = np.array([10.0, 30.0, 100.0])
 N_HIDDEN = 64
 """Hidden units of the mlp."""
 
+FEWEST_TO_STOP = 14
+"""Documents from which the mlp sets a part aside to be stopped by; of fewer it would be a single one or two."""
+
 N_FOLDS = 5
 
 N_STEPS = 1000
@@ -257,7 +260,7 @@ def mlp(x: Floats, y: Floats, strength: float, seed: int) -> Any:
     return MLPRegressor(
         hidden_layer_sizes=(N_HIDDEN,),
         alpha=strength,
-        early_stopping=True,
+        early_stopping=len(x) >= FEWEST_TO_STOP,
         validation_fraction=0.15,
         max_iter=N_STEPS,
         random_state=seed,

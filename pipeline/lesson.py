@@ -147,14 +147,18 @@ def learning_curve(target: Target, given: Material, fit: Fit) -> dict[str, Any]:
     strength, which a Bayesian reading of the penalty does not change with the number of documents."""
     how: heads.Name = "ordinal" if given.recipe.train.head == "ordinal" else "linear"
     there = np.flatnonzero(known(target) & np.isin(given.split.parts, ("train", "validation")))
-    strength = fit.strength if given.recipe.train.head == how else None
     everywhere = np.zeros(len(given.rounds), dtype=bool)
     folds = given.held_out_folds(target)
+
+    def fitted(chosen: Bools, strength: float | None) -> Fit:
+        return heads.fit_head(target, given.embeddings, chosen, folds, how, given.recipe.seed, strength)
+
+    own = fit if given.recipe.train.head == how else fitted(given.split.parts == "train", None)
 
     def of(taken: Bools) -> Floats:
         chosen = everywhere.copy()
         chosen[there[taken]] = True
-        made = heads.fit_head(target, given.embeddings, chosen, folds, how, given.recipe.seed, strength)
+        made = fitted(chosen, own.strength)
         return np.asarray(predictions(made.head, given)[there], dtype=np.float64)
 
     assert target.scale is not None

@@ -158,7 +158,7 @@ def known_shortcuts(
 def cut_of(results: dict[str, Values]) -> float | None:
     """The score from which documents are kept: the filter's, else the student's."""
     filtered, learned = results.get("filter", {}), verdict.target_of(results.get("train", {}))
-    if filtered.get("cut") is not None and "int_score_below_cut" not in filtered.get("dropped", {}):
+    if filtered.get("cut") is not None:
         return float(filtered["cut"])
     return learned.get("cut")
 

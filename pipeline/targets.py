@@ -21,7 +21,7 @@ from pipeline.tracking import upstream
 
 RATINGS, LABELS = "rate/ratings.parquet", "label/labels.parquet"
 
-BESIDES = ("gold", "group", "round", "probabilities", "opinions")
+BESIDES = ("gold", "group", "round", "probabilities", "opinions", "prompt", "prompt_digest")
 """Columns that are read beside the targets."""
 
 Kind = Literal["score", "label", "labels"]
@@ -91,13 +91,26 @@ def schema_of(path: Path) -> pa.Schema:
     """The schema of a ratings or labels file."""
     try:
         schema = pq.read_schema(path)
-        schema.field("id"), schema.field("text")
-    except (pa.ArrowInvalid, OSError, KeyError) as error:
+        check_schema(schema)
+    except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
         why = str(error).split("\n")[0]
         raise UserError(
             f"train.ratings: {path} is no ratings or labels file ({why}); give one made by gristmill rate or label"
         ) from None
     return schema
+
+
+def check_schema(schema: pa.Schema) -> None:
+    """Refuse columns and scales that cannot be read as what they are called."""
+    for name in ("id", "text"):
+        if not is_text(schema.field(name).type):
+            raise TypeError(f"{name} is {schema.field(name).type}, not text")
+    gold = schema.field("gold").type if "gold" in schema.names else pa.null()
+    if is_text(gold) and not pa.types.is_null(gold):
+        raise TypeError("gold is text, neither a number nor true/false")
+    for name, (low, high) in scales(schema).items():
+        if not low < high:
+            raise ValueError(f"the scale of {name} goes from {low:g} to {high:g}")
 
 
 def levels(schema: pa.Schema) -> tuple[str, ...]:
@@ -119,6 +132,13 @@ def no_target(name: str, schemas: dict[Path, pa.Schema]) -> str:
     """What to say of a target that is in no file."""
     known = sorted({column for schema in schemas.values() for column in learnable(schema)})
     where = " or ".join(str(path) for path in schemas)
+    for path, schema in schemas.items():
+        if name in schema.names:
+            scaled = "with" if name in scales(schema) else "without"
+            return (
+                f"{name!r} in {path} is {schema.field(name).type} {scaled} a scale; scores are numbers with a scale in"
+                " the file's metadata (scale: 0 5), labels are texts without one"
+            )
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if near:
         return f"{name!r} is not in {where}; did you mean {near[0]}?"
@@ -147,7 +167,7 @@ def kind_of(field: pa.Field, known: dict[str, tuple[float, float]]) -> Kind | No
         return "score" if field.name in known else None
     if pa.types.is_list(field.type) or pa.types.is_large_list(field.type):
         return "labels" if is_text(field.type.value_type) else None
-    return "label" if is_text(field.type) and not pa.types.is_null(field.type) else None
+    return "label" if is_text(field.type) and not pa.types.is_null(field.type) and field.name not in known else None
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -184,12 +204,17 @@ def named(table: pa.Table, found: Sources, path: Path) -> list[Row]:
 
 def check_one_prompt(path: Path, rows: list[Row]) -> None:
     """Refuse documents that were rated by different prompts: their scores don't mean the same."""
-    asked = Counter(frozenset(map(prompt_of, row["opinions"])) for row in rows if row.get("opinions"))
+    asked = Counter(filter(None, map(prompts_of, rows)))
     if len(asked) > 1:
         groups = [f"{n} by {', '.join(sorted(prompts))}" for prompts, n in asked.most_common(3)]
         raise UserError(
             f"train.ratings: {path} mixes ratings of different prompts ({'; '.join(groups)}); keep those of one"
         )
+
+
+def prompts_of(row: Row) -> frozenset[str]:
+    """The prompts that were answered about a document: those of its opinions, or the one of its label."""
+    return frozenset(map(prompt_of, row.get("opinions") or ([row] if row.get("prompt_digest") else ())))
 
 
 def prompt_of(opinion: Row) -> str:

@@ -31,6 +31,9 @@ FEWEST = 20
 FEWEST_TO_JUDGE = 2
 """Documents with a target that validation and test part must have each."""
 
+FEWEST_UNITS = 2
+"""Units of them in the train part, so that what one teaches can be tried on another."""
+
 ENOUGH = 200
 """Documents with a target below which the figures say little, and the log says so."""
 
@@ -120,6 +123,8 @@ def check(target: Target, split: Split, recipe: Recipe) -> None:
         check_good_from(good_from(recipe, target.scale), target.scale)
     there = known(target)
     n, of_part = int(there.sum()), {name: int(np.sum(there & (split.parts == name))) for name in PARTS}
+    n_units, n_taught = (len(np.unique(split.units[rows])) for rows in (there, there & (split.parts == "train")))
+    apart = f"; copies, near-duplicates and groups stay together, which leaves {n_units} to deal" if n_units < n else ""
     more = "rate" if target.kind == "score" else "label"
     if n < FEWEST:
         raise UserError(
@@ -133,7 +138,12 @@ def check(target: Target, split: Split, recipe: Recipe) -> None:
     if min(of_part["validation"], of_part["test"]) < FEWEST_TO_JUDGE:
         raise UserError(
             f"train: of {n} documents with a {target.name} only {of_part['validation']} are in the validation part and"
-            f" {of_part['test']} in the test part; {more} more"
+            f" {of_part['test']} in the test part{apart}; {more} more{' distinct texts or groups' if apart else ''}"
+        )
+    if n_taught < FEWEST_UNITS:
+        raise UserError(
+            f"train: all {of_part['train']} documents to learn from hang together as copies, near-duplicates or one"
+            f" group, which cross-validation cannot part; {more} more distinct texts or groups"
         )
     taught = pick(target.values, there & (split.parts == "train"))
     if all(value == taught[0] for value in taught):
@@ -184,7 +194,7 @@ def pick(values: Sequence[Any], chosen: Bools) -> list[Any]:
 def save(work: Stage, given: TrainingSet, encoder: Encoder, lessons: list[Lesson], result: TrainResult) -> None:
     """The student's folder with its model card."""
     recipe = work.recipe
-    settings = recipe.encoder.model_copy(update={"revision": encoder.revision})
+    settings = recipe.encoder.model_copy(update={"revision": encoder.revision, "max_tokens": encoder.max_tokens})
     tuned = encoder if recipe.train.head == "full" else None
     made = Student(settings, tuple(each.fit.head for each in lessons), origin(given, result, recipe), tuned)
     made.save(work.folder / "student")

@@ -7,6 +7,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "2"
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -27,6 +29,17 @@ CHAT_TEMPLATE = (
 def prose() -> list[str]:
     """Real texts, from Python's own language reference."""
     return [text.strip()[:1500] for _, text in sorted(topics.items()) if len(text) > 600]
+
+
+def characters(texts: list[str]) -> list[str]:
+    """Every character that is no space, sorted."""
+    return sorted({character for text in texts for character in text if not character.isspace()})
+
+
+def commonest_words(texts: list[str], n: int) -> list[str]:
+    """The commonest words: a vocabulary that is the same in every run, which the trainers' own are not."""
+    counts = Counter(word for text in texts for word in re.findall(r"\w+", text))
+    return sorted(counts, key=lambda word: (-counts[word], word))[:n]
 
 
 @pytest.fixture(scope="session")
@@ -93,17 +106,17 @@ def tiny_causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random T5 of two layers with a unigram tokenizer."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
     folder = tmp_path_factory.mktemp("tiny-t5")
-    unigram = Tokenizer(models.Unigram())
+    texts = [*prose(), *["yes no Yes No YES NO"] * 200]
+    pieces = ["▁", *characters(texts), *(f"▁{word}" for word in commonest_words(texts, 500))]
+    special = [(name, 0.0) for name in ("<pad>", "</s>", "<unk>")]
+    scores = [(piece, -3.0 - 0.01 * place) for place, piece in enumerate(pieces)]
+    unigram = Tokenizer(models.Unigram(special + scores, unk_id=2))
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
     unigram.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=600, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
-    )
-    unigram.train_from_iterator([*prose(), *["yes no Yes No YES NO"] * 200], trainer)
     unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=unigram, eos_token="</s>", pad_token="<pad>", unk_token="<unk>", model_max_length=512
@@ -128,13 +141,14 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BERT of two layers with a WordPiece tokenizer."""
     import torch
-    from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny-encoder")
-    wordpiece = BertWordPieceTokenizer()
-    wordpiece.train_from_iterator(prose(), vocab_size=800, show_progress=False)
-    wordpiece.save_model(str(folder))
+    texts = [text.lower() for text in prose()]
+    pieces = [prefix + character for prefix in ("", "##") for character in characters(texts)]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = dict.fromkeys([*special, *pieces, *commonest_words(texts, 600)])
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=128)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ import stamina
 from endpoint import Asked, Reply, changed, corpus, number, ratings, recipe, says, score_of, serve
 
 from pipeline import audit, rate
+from pipeline import filter as filter_
 from pipeline.config import Recipe, to_yaml
 from pipeline.errors import UserError
 from pipeline.tracking import dump, read_json
@@ -210,6 +211,51 @@ def test_the_cut_is_that_of_the_filter_else_that_of_the_student(tmp_path: Path) 
         (least, "filter"),
         (1.25, "filter"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("filtered_with", "recipe_says"),
+    [
+        ({"min_int_score": 2}, {"keep_share": 0.3}),
+        ({"keep_share": 0.1}, {"min_int_score": 2}),
+        ({"min_int_score": 2, "keep_share": 0.1}, {"min_int_score": 2, "keep_share": 0.1}),
+    ],
+)
+def test_what_was_kept_is_audited_whatever_the_recipe_says(
+    tmp_path: Path, filtered_with: dict[str, Any], recipe_says: dict[str, Any]
+) -> None:
+    """An int_score of 2 is no score of 2, and filter may have been run with a flag."""
+    with serve(rated) as server:
+        r = scored(tmp_path, server.url, n=100, audit={"sample": 40, "strata": 2}, filter=recipe_says)
+        kept = filter_.run(r.model_copy(update={"filter": r.filter.model_validate(filtered_with)}))
+        result = audit.run(r)
+    table = pq.read_table(r.run_folder / "filter" / "kept")
+    assert (result.cut, result.cut_from) == (min(table["score"].to_pylist()), "filter")
+    assert result.kept_share == kept.kept_share
+
+
+def test_a_kept_set_that_the_score_does_not_tell_is_not_taken_for_a_cut(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serve(rated) as server, caplog.at_level(logging.WARNING, "gristmill"):
+        r = scored(tmp_path, server.url, n=100, filter={"keep_share": 0.3, "per_group": "int_score"})
+        filter_.run(r)
+        result = audit.run(r)
+    assert (result.cut, result.cut_from) == (2.5, "train")
+    assert "the score alone does not tell what was kept" in caplog.text
+
+
+def test_a_score_at_the_cut_is_kept_in_every_figure(tmp_path: Path) -> None:
+    """2.2 is above its float32."""
+    rows = [
+        {"id": str(i), "text": f"doc-{i} is a document.", "score": 2.2 if i % 2 else 1.0, "int_score": 2 if i % 2 else 1}
+        for i in range(60)
+    ]
+    with serve(rated) as server:
+        r = scored(tmp_path, server.url, rows=rows, audit={"sample": 60, "strata": 2}, filter={"min_score": 2.2})
+        result = audit.run(r)
+    assert result.kept_share == 0.5
+    assert result.precision == pytest.approx(np.mean([teacher(i) >= 2.5 for i in range(60) if i % 2]))
 
 
 def test_the_audit_of_nothing_is_one_line(tmp_path: Path) -> None:

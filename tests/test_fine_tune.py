@@ -29,7 +29,7 @@ def recipe(folder: Path, encoder: Path, texts: list[str], args: dict, **values: 
     return config.Recipe.model_validate(
         {
             "run_folder": folder / "run",
-            "encoder": {"model": str(encoder), "max_tokens": 32, "device": "cpu"},
+            "encoder": {"model": str(encoder), "max_tokens": 64, "device": "cpu"},
             "train": {"ratings": folder / "ratings.parquet", "head": "full", "args": args, **values},
         }
     )
@@ -39,7 +39,7 @@ def recipe(folder: Path, encoder: Path, texts: list[str], args: dict, **values: 
 def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, many: list[str]) -> Path:
     """A run folder with two scores and a label, learned by a tuned encoder."""
     folder = tmp_path_factory.mktemp("tuned")
-    args = {"num_train_epochs": 6, "learning_rate": 5e-4}
+    args = {"num_train_epochs": 8, "learning_rate": 1e-3}
     train.run(recipe(folder, tiny_encoder, many, args, targets=["score", "depth", "domain"]))
     return folder / "run"
 
@@ -53,7 +53,7 @@ def test_the_tuned_student_is_saved_whole_and_gives_what_was_reported(
     for name in ("score", "depth"):
         np.testing.assert_allclose(found[name], rows[f"predicted_{name}"], atol=1e-3)
     assert found["domain"].tolist() == rows["predicted_domain"]
-    frozen = Encoder(config.Encoder(model=str(tiny_encoder), max_tokens=32, dtype="float32", device="cpu"))
+    frozen = Encoder(config.Encoder(model=str(tiny_encoder), max_tokens=64, dtype="float32", device="cpu"))
     assert np.abs(made.encoder.embed(many[:5]).vectors - frozen.embed(many[:5]).vectors).max() > 1e-3
 
 
