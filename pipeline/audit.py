@@ -16,6 +16,7 @@ from pipeline.config import Asking, Audit, Filter, Recipe, load_recipe
 from pipeline.config import Corpus as CorpusSettings
 from pipeline.consensus import Verdict
 from pipeline.errors import UserError
+from pipeline.judged import of_scores
 from pipeline.keys import gives_amount
 from pipeline.metrics import Floats, sortable, unsortable
 from pipeline.panel import Collected, Opinions, Rater
@@ -119,6 +120,7 @@ def inputs(recipe: Recipe, raters: list[Rater], shards: list[Shard]) -> dict[str
         "good_from": recipe.train.good_from,
         "cut": [cut, cut_from, filter_settings(recipe).min_int_score if cut is None else None],
         "shards": {shard.name: fingerprint(shard) for shard in shards},
+        "scores": of_scores(recipe),
         "seed": recipe.seed,
     }
 

@@ -48,7 +48,6 @@ def write(folder: Path, student: Student, result: dict[str, Any], origin: dict[s
     huggingface = needs("huggingface_hub", "torch")
     targets = result.get("targets", {})
     front = huggingface.ModelCardData(
-        language=origin.get("language"),
         license="other",
         library_name="sentence-transformers",
         pipeline_tag="text-classification",

@@ -91,15 +91,16 @@ def rate(
     if probe and next:
         raise SettingsError("rate: give --probe or --next, not both")
     given = {**flags(common), "rate": flags(rate)}
-    execute(["probe" if probe else "rate"], recipe, given, how, lambda found: add_round(found, next))
+    execute(["probe" if probe else "rate"], recipe, given, how, lambda found: add_round(found, next, how.redo))
 
 
-def add_round(recipe: Recipe, n: int | None) -> None:
+def add_round(recipe: Recipe, n: int | None, redo: bool) -> None:
     """Choose the next documents to rate, if that was asked."""
     if n:
-        from pipeline import rounds
+        from pipeline import panel, rounds
+        from pipeline import rate as stage
 
-        rounds.add(recipe, n)
+        rounds.add(recipe, n, stage.inputs(recipe, panel.of(recipe)), redo)
 
 
 @app.command(sort_key=1)
@@ -124,6 +125,8 @@ def plan(
     given = {**flags(common), "rate": flags(rate), "plan": flags(plan), "cuts": flags(cuts)}
     folder = config.load_recipe(recipe, given).run_folder
     scored = (folder / "score" / "result.json").exists()
+    if (folder / "score" / "inputs.json").exists() and not scored:
+        log.warning("plan: scoring is not finished, so this is the plan of rating; run gristmill score")
     execute(["cuts" if scored and not rating else "plan"], recipe, given, how)
 
 
@@ -374,7 +377,8 @@ def one_line(error: CycloptsError | ValidationError) -> str:
     """What is wrong with the command line."""
     cause = error if isinstance(error, ValidationError) else error.__cause__
     if isinstance(cause, ValidationError):
-        return config.explain(cause, None)
+        argument = getattr(error, "argument", None)
+        return config.explain(cause, None, argument.name if argument else "")
     return " ".join(str(error).split())
 
 

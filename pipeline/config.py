@@ -182,7 +182,7 @@ class Rate(Asking):
     never shown to them."""
     group_column: str | None = None
     """Column of the corpus kept in the ratings as `group` (a site, an author): no group is in two parts of train."""
-    pool: Count = 10_000
+    pool: Annotated[Count, OPERATIONAL] = 10_000
     """Documents drawn for rate --next to choose from."""
     probe_documents: Annotated[Count, OPERATIONAL] = 50
     """Documents of the sample that rate --probe tries adversarial lines on."""
@@ -427,11 +427,11 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def explain(error: ValidationError, path: Path | None) -> str:
-    """The first validation error as one line: which file, which key, what to do."""
+def explain(error: ValidationError, path: Path | None, flag: str = "") -> str:
+    """The first validation error as one line: which file, which key (or `flag`, which has none), what to do."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
-    where = f"{path}: {key}" if path else f"--{key.replace('_', '-')}"
+    where = f"{path}: {key}" if path else f"--{key.replace('_', '-')}" if key else flag
     if first["type"] != "extra_forbidden":
         return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
     near = difflib.get_close_matches(key, setting_names(Recipe), n=1, cutoff=0.5)

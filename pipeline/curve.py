@@ -19,7 +19,7 @@ N_FOLDS = 5
 N_RESAMPLES = 500
 
 EXPONENTS = np.linspace(0.2, 1.5, 14)
-"""Tried for the power law of the error (arXiv:1712.00409)."""
+"""Of the power laws that errors are known to follow (arXiv:1712.00409)."""
 
 MORE = 2000
 
@@ -126,9 +126,14 @@ def interval(values: Floats) -> tuple[float, float] | None:
 
 
 def gain(sizes: Floats, kappas: Floats, n_train: int, share: float, n_more: int) -> dict[str, Any]:
-    """What so many more ratings would add to kappa (n_sizes, 1 + n_resamples), this share of them learned from."""
+    """What so many more ratings would add to kappa (n_sizes, 1 + n_resamples), this share of them learned from: the
+    mean over all exponents, and 95% of them and the resamples.
+
+    Five points cannot tell the exponent. Of simulated students the nearest one alone promised up to twice the gain,
+    with 95% intervals that held it in 50 to 83 of 100.
+    """
     now, then = extrapolate(sizes, kappas, np.array([n_train, n_train + share * n_more]))
-    of_all, gained = float((then - now)[0]), interval((then - now)[1:])
+    of_all, gained = float((then - now)[:, 0].mean()), interval((then - now)[:, 1:].ravel())
     defined = bool(np.isfinite(of_all))
     return {
         "n_more": n_more,
@@ -145,20 +150,16 @@ def sentence(n_more: int, gained: float, between: tuple[float, float] | None) ->
     return f"{n_more:,} more ratings would buy about {gained:+.3f} kappa{doubt}"
 
 
-def extrapolate(sizes: Floats, values: Floats, at: Floats) -> Floats:
-    """Values (n_at, n_curves) of the power law a - b n^-c, b >= 0, that is nearest to each column of `values`
-    (n_sizes, n_curves), never above 1: a and b by least squares for each c tried."""
-    fits = [power_law(sizes, values, at, exponent) for exponent in EXPONENTS]
-    errors = np.array([error for error, _ in fits])
-    best = np.argmin(np.where(np.isfinite(errors), errors, np.inf), axis=0)
-    reached = np.array([found for _, found in fits])
-    return np.asarray(np.minimum(reached[best, :, np.arange(values.shape[1])].T, 1.0))
+def extrapolate(sizes: Floats, values: Floats, at: Floats) -> tuple[Floats, Floats]:
+    """Values (n_exponents, n_curves) at both of `at`, never above 1, of the power laws a - b n^-c, b >= 0, that are
+    nearest to each column of `values` (n_sizes, n_curves): a and b by least squares for each c."""
+    found = np.minimum([power_law(sizes, values, at, exponent) for exponent in EXPONENTS], 1.0)
+    return found[:, 0], found[:, 1]
 
 
-def power_law(sizes: Floats, values: Floats, at: Floats, exponent: float) -> tuple[Floats, Floats]:
-    """Squared errors (n_curves,) and values (n_at, n_curves) of the best curve with this exponent."""
+def power_law(sizes: Floats, values: Floats, at: Floats, exponent: float) -> Floats:
+    """Values (n_at, n_curves) of the best curve with this exponent."""
     x, asked = sizes**-exponent, at**-exponent
     centred = x - x.mean()
     slope = np.minimum(centred @ values / max(float(centred @ centred), 1e-300), 0)
-    top = values.mean(axis=0) - slope * x.mean()
-    return ((top + np.outer(x, slope) - values) ** 2).sum(axis=0), top + np.outer(asked, slope)
+    return np.asarray(values.mean(axis=0) - slope * x.mean() + np.outer(asked, slope))

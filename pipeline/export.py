@@ -189,7 +189,9 @@ def write_onnx(path: Path, folder: Path) -> None:
     model = sentence_transformers.SentenceTransformer(
         str(folder), device="cpu", model_kwargs={"dtype": torch.float32}
     ).eval()
-    tokens = model.tokenizer(list(card.EXAMPLES[:2]), padding=True, return_tensors="pt")
+    tokens = model.tokenizer(
+        list(card.EXAMPLES[:2]), padding=True, truncation=True, max_length=model.max_seq_length, return_tensors="pt"
+    )
     size = sum(weights.numel() * weights.element_size() for weights in model.state_dict().values())
     with quietly(), torch.inference_mode():
         program = torch.onnx.export(

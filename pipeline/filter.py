@@ -82,12 +82,13 @@ def run(recipe: Recipe, redo: bool = False) -> FilterResult:
     check_apart(recipe)
     found, shards = scored.locate(recipe, "filter")
     with stage("filter", recipe, inputs(recipe, shards)) as work:
-        done = work.finished(FilterResult, redo, (work.folder / "kept").exists())
+        done = work.finished(FilterResult, redo, (work.folder / "kept").exists(), start=False)
         if done:
             return done
         survey, floor = Survey(recipe.filter, found, recipe.seed), rules.floor_of(recipe.filter)
         with surveyed(survey, shards, floor, recipe.seed, work.folder / "keys") as paths:
             rule, tally = rules.choose(recipe, survey, floor, tuple(paths)), Tally(max(1, len(survey.n_scored)))
+            work.start()
             for side in ("kept", "dropped"):
                 storage.sweep(work.folder / side, keep=set())
             with progress("filter", corpus.n_rows(shards)) as step:

@@ -279,7 +279,7 @@ def mlp_losses(x: Floats, y: Floats, seed: int, held_out: Bools) -> Floats:
 def fit_label(lessons: Lessons, strength: float | None) -> Fit:
     """Multinomial logistic regression over the labels that occur."""
     labels, truth = np.unique(np.array(lessons.values), return_inverse=True)
-    strength = strength or best_strength(losses(lessons.embeddings, truth, lessons.seed))
+    strength = strength or best_strength(losses(lessons.embeddings, truth, lessons.folds))
     weight, bias = logistic(lessons.embeddings, truth, strength)
     return Fit(head(lessons.target, [layer(weight, bias)], labels.tolist()), strength)
 
@@ -290,7 +290,7 @@ def fit_labels(lessons: Lessons, strength: float | None) -> Fit:
     labels = sorted({label for each in lessons.values for label in each})
     truth = np.array([[label in each for label in labels] for each in lessons.values], dtype=np.int64)
     if strength is None:
-        strength = best_strength(np.sum([losses(x, column, lessons.seed) for column in truth.T], axis=0))
+        strength = best_strength(np.sum([losses(x, column, lessons.folds) for column in truth.T], axis=0))
     fits = [logistic(x, column, strength) for column in truth.T]
     weight = np.stack([weight[-1] - weight[0] for weight, _ in fits])
     bias = np.array([bias[-1] - bias[0] for _, bias in fits])
@@ -313,22 +313,27 @@ def logistic(embeddings: Floats, truth: NDArray[np.int64], strength: float) -> t
     return np.concatenate([np.zeros_like(weight), weight]), np.concatenate([np.zeros_like(bias), bias])
 
 
-def losses(embeddings: Floats, truth: NDArray[np.int64], seed: int) -> Floats:
-    """Log loss of held-out folds at each of LABEL_STRENGTHS: (n_strengths,).
+def losses(embeddings: Floats, truth: NDArray[np.int64], folds: NDArray[np.int64]) -> Floats:
+    """Summed log loss of held-out folds at each of LABEL_STRENGTHS: (n_strengths,).
 
     Classes with fewer members than folds are left out; zeros where fewer than two are left.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, StratifiedKFold
-
     common = np.bincount(truth)[truth] >= N_FOLDS
-    if len(set(truth[common].tolist())) < 2:
+    return by_folds(partial(label_losses, embeddings[common], truth[common]), folds[common])
+
+
+def label_losses(x: Floats, truth: NDArray[np.int64], held_out: Bools) -> Floats:
+    """Log loss of held-out documents, of classes that the others have too, at each strength: (n_strengths,)."""
+    from sklearn import metrics
+    from sklearn.linear_model import LogisticRegression
+
+    classes = np.unique(truth[~held_out])
+    judged = held_out & np.isin(truth, classes)
+    if len(classes) < 2 or not judged.any():
         return np.zeros(len(LABEL_STRENGTHS))
-    folds = StratifiedKFold(N_FOLDS, shuffle=True, random_state=seed)
-    tried = {"C": 1 / LABEL_STRENGTHS}
-    search = GridSearchCV(LogisticRegression(max_iter=N_STEPS), tried, scoring="neg_log_loss", cv=folds, refit=False)
-    search.fit(embeddings[common], truth[common])
-    return -np.asarray(search.cv_results_["mean_test_score"], dtype=np.float64)
+    models = (LogisticRegression(C=1 / strength, max_iter=N_STEPS) for strength in LABEL_STRENGTHS)
+    chances = (model.fit(x[~held_out], truth[~held_out]).predict_proba(x[judged]) for model in models)
+    return np.array([metrics.log_loss(truth[judged], each, labels=classes, normalize=False) for each in chances])
 
 
 def best_strength(losses: Floats) -> float:

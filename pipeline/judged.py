@@ -1,5 +1,6 @@
 """Documents of which both the teacher's judgement and an honest score of the student are known."""
 
+import logging
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -9,10 +10,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.config import Recipe
+from pipeline.config import Recipe, digest
 from pipeline.metrics import Bools, Floats
 from pipeline.tracking import read_json
 from pipeline.weighting import N_STRATA, Chance, Quality, Strata, estimate, strata
+
+log = logging.getLogger("gristmill")
 
 PER_STRATUM = 20
 """With fewer judged documents a stratum, there are fewer strata."""
@@ -31,6 +34,10 @@ class Judged(NamedTuple):
 def to_choose(recipe: Recipe) -> Judged | None:
     """What cuts are chosen by: the audit, drawn on the corpus itself, or else the ratings but for the test part."""
     found = audited(recipe)
+    if not is_scored_by_the_student(recipe):
+        log.warning("the corpus was scored by an earlier student; run gristmill score --redo")
+    if (recipe.run_folder / "audit" / "result.json").exists() and not is_of_these_scores(recipe):
+        log.warning("the audit is about earlier scores and does not count; run gristmill audit --redo")
     return rated(recipe, test=False) if found is None else found
 
 
@@ -50,7 +57,8 @@ def rated(recipe: Recipe, test: bool) -> Judged | None:
     corpus may have been scored by another student."""
     known = (read_json(recipe.run_folder / "train" / "result.json") or {}).get("targets", {}).get("score", {})
     path = recipe.run_folder / "train" / "predictions.parquet"
-    if recipe.filter.scored or recipe.score.student or not path.exists() or known.get("good_from") is None:
+    known_student = is_scored_by_the_student(recipe) and not recipe.score.student and not recipe.filter.scored
+    if not known_student or not path.exists() or known.get("good_from") is None:
         return None
     table = pq.read_table(path, columns=["id", "split", "score", "held_out_score", "round"])
     of_part = pc.equal(table["split"], "test") if test else pc.not_equal(table["split"], "test")
@@ -62,9 +70,26 @@ def audited(recipe: Recipe) -> Judged | None:
     """Scored documents that the teacher rated again."""
     result = read_json(recipe.run_folder / "audit" / "result.json")
     path = recipe.run_folder / "audit" / "ratings.parquet"
-    if result is None or recipe.filter.scored or not path.exists():
+    if result is None or recipe.filter.scored or not path.exists() or not is_of_these_scores(recipe):
         return None
     return judged("audit", pq.read_table(path), "student_score", result["good_from"])
+
+
+def of_scores(recipe: Recipe) -> str:
+    """16 hex digits of what the corpus was scored from."""
+    return digest(read_json(recipe.run_folder / "score" / "inputs.json"))
+
+
+def is_of_these_scores(recipe: Recipe) -> bool:
+    """Whether the audit is about the scores that there are."""
+    return (read_json(recipe.run_folder / "audit" / "inputs.json") or {}).get("scores") == of_scores(recipe)
+
+
+def is_scored_by_the_student(recipe: Recipe) -> bool:
+    """Whether the scores are by the run's student as it is, as far as files tell."""
+    made = (read_json(recipe.run_folder / "score" / "inputs.json") or {}).get("settings", {}).get("weights")
+    student = read_json(recipe.run_folder / "train" / "student" / "student.json")
+    return made is None or student is None or made == digest(student["files"])
 
 
 def judged(

@@ -46,10 +46,14 @@ TRIED = 2
 """Candidates for each place: the most uncertain of very many are oddities that teach little of the others."""
 
 
-def add(recipe: Recipe, n: int) -> None:
+def add(recipe: Recipe, n: int, inputs: dict[str, Any], redo: bool = False) -> None:
     """Choose the documents of the next round, before anything is asked about them; an earlier round that is not rated
-    to its end goes on instead."""
-    with stage("rate", recipe, {}) as work:
+    to its end goes on instead. With other `inputs` than those of stage 1 nothing is chosen, unless `redo`."""
+    with stage("rate", recipe, inputs) as work:
+        if not (work.folder / "inputs.json").exists():
+            raise UserError(f"rate --next: {work.folder} holds no rated sample; run gristmill rate first, then train")
+        if not redo:
+            work.refuse_changes()
         n_rounds = len(files(work.folder))
         if not is_rated(work.folder, n_rounds):
             log.warning("rate: what was chosen before is not rated to its end; that goes on, and nothing is chosen")

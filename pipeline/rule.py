@@ -70,8 +70,9 @@ def check_something(settings: config.Filter, survey: Survey, read: Read, cuts: N
             f"filter.keep_tokens: the best document, or those that share its score, has more than"
             f" {settings.keep_tokens} tokens; raise it"
         )
-    share, n_scored = settings.keep_share, int(survey.n_scored.sum())
-    raise UserError(f"filter.keep_share: {share:g} of {n_scored} scored documents is none; raise it")
+    share, n_scored = settings.keep_share, int(survey.n_scored.max())
+    whose = f" in the largest {settings.per_group}" if settings.per_group else ""
+    raise UserError(f"filter.keep_share: {share:g} of {n_scored} scored documents{whose} is none; raise it")
 
 
 def precise_cut(recipe: Recipe, survey: Survey, wanted: float) -> float:

@@ -80,6 +80,7 @@ def inputs(recipe: Recipe, student: Student, found: list[Shard]) -> dict[str, An
     return {
         "settings": {
             "student": student.fingerprint,
+            "weights": student.weights,
             "corpus": recipe.corpus.identity(),
             "score": recipe.score.identity(),
         },

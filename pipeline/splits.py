@@ -26,6 +26,9 @@ LONGEST_WORD = 20
 
 N_HASHES = 64
 
+LARGE = 0.2
+"""Share of the smallest part above which a unit is large."""
+
 Pair = tuple[int, int]
 
 
@@ -90,11 +93,17 @@ def deal(
     seed: int,
 ) -> NDArray[np.str_]:
     """The part of each document: unit by unit, in seeded order within a stratum, each to the part that then has least
-    of what it is due (D'Hondt), so that a unit too large for a small part goes to a large one."""
+    of what it is due (D'Hondt), so that a unit too large for a small part goes to a large one. Large units come first,
+    the largest before all, so that others can make up for them."""
     members: dict[int, list[int]] = {}
     for row, unit in enumerate(units.tolist()):
         members.setdefault(unit, []).append(row)
-    order = sorted(members.values(), key=lambda rows: turn([(str(ids[i]), strata[i]) for i in rows], seed))
+    large = LARGE * min(shares.values()) * len(units)
+
+    def place(rows: list[int]) -> tuple[int, tuple[str, str]]:
+        return -len(rows) if len(rows) > large else 0, turn([(str(ids[i]), strata[i]) for i in rows], seed)
+
+    order = sorted(members.values(), key=place)
     dealt = np.empty(len(units), dtype="U10")
     counts = dict.fromkeys(shares, 0)
     for rows in order:

@@ -81,6 +81,11 @@ class Student:
         return config.digest([heads, numbers, self.encoder_settings.identity(), self.files])
 
     @property
+    def weights(self) -> str:
+        """16 hex digits of its files, wherever they are."""
+        return config.digest(self.files)
+
+    @property
     def schema(self) -> pa.Schema:
         """The columns of all heads and their types."""
         return pa.schema([column for head in self.heads for column in head.schema])
@@ -174,6 +179,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         made.mkdir()
         yield made
         for path in (*made.rglob("*"), made):
+            if path.is_file():  # safetensors keeps its files to their owner, whatever the umask
+                path.chmod((made / DESCRIPTION).stat().st_mode)
             sync(path)
         if folder.exists():
             folder.rename(old)

@@ -158,6 +158,8 @@ def scales(schema: pa.Schema) -> dict[str, tuple[float, float]]:
     found = json.loads(metadata.get(b"attributes", b"{}"))
     if b"scale" in metadata:
         found["score"] = metadata[b"scale"].split()
+    if odd := next((name for name, ends in found.items() if len(ends) != 2), None):
+        raise ValueError(f"the scale of {odd} is not two numbers such as 0 5")
     return {name: (float(low), float(high)) for name, (low, high) in found.items()}
 
 

@@ -50,25 +50,36 @@ class Stage:
         self.folder = recipe.run_folder / name
         self.begin = time.perf_counter()
 
-    def finished(self, kind: type[AnyResult], redo: bool, there: bool) -> AnyResult | None:
+    def finished(self, kind: type[AnyResult], redo: bool, there: bool, start: bool = True) -> AnyResult | None:
         """The result, if this stage has been done with the same inputs and what it made is still `there`; refuses
-        when the inputs changed, unless `redo`."""
+        when the inputs changed, unless `redo`. Else the stage starts, or does so later."""
         before = read_json(self.folder / "inputs.json")
         done = read_json(self.folder / "result.json")
         made = done is not None or any((self.folder / "scored").glob("*"))
-        if before is not None and before != self.inputs and made and not redo:
-            raise UserError(
-                f"{self.name}: {changes(before, self.inputs)} since {self.folder} was made; run again with --redo to"
-                " do it anew (recorded answers are used again), or give another --run-folder"
-            )
+        if made and not redo:
+            self.refuse_changes()
         more_to_ask = done is not None and (done.get("n_not_asked") or (redo and done.get("n_failed")))
         if done is not None and there and before == self.inputs and not more_to_ask:
             log.info("%s: done already, skipped", self.name)
             return self.read_result(kind, done)
+        if start:
+            self.start()
+        return None
+
+    def refuse_changes(self) -> None:
+        """Stop where what is there was made from other inputs."""
+        before = read_json(self.folder / "inputs.json")
+        if before is not None and before != self.inputs:
+            raise UserError(
+                f"{self.name}: {changes(before, self.inputs)} since {self.folder} was made; run again with --redo to"
+                " do it anew (recorded answers are used again), or give another --run-folder"
+            )
+
+    def start(self) -> None:
+        """From now on what was made before counts no more."""
         (self.folder / "result.json").unlink(missing_ok=True)
         write_text(self.folder / "inputs.json", dump(self.inputs))
         write_text(self.folder / "recipe.yaml", to_yaml(self.recipe))
-        return None
 
     def read_result(self, kind: type[AnyResult], done: dict[str, Any]) -> AnyResult:
         """A stored result, if this version wrote it."""

@@ -3,6 +3,8 @@
 import hashlib
 import logging
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -124,7 +126,9 @@ def check(target: Target, split: Split, recipe: Recipe) -> None:
     there = known(target)
     n, of_part = int(there.sum()), {name: int(np.sum(there & (split.parts == name))) for name in PARTS}
     n_units, n_taught = (len(np.unique(split.units[rows])) for rows in (there, there & (split.parts == "train")))
-    apart = f"; copies, near-duplicates and groups stay together, which leaves {n_units} to deal" if n_units < n else ""
+    apart = (
+        f"; copies, near-duplicates and groups stay together, which leaves {n_units} to deal" if n_units < n else ""
+    )
     more = "rate" if target.kind == "score" else "label"
     if n < FEWEST:
         raise UserError(
@@ -178,8 +182,10 @@ def fine_tune_all(encoder: Encoder, material: Material, given: TrainingSet, work
     taught = material.split.parts == "train"
     begin = [lesson.fit_on(target, material, taught).head for target in scores]
     recipe = work.recipe
-    folder = work.folder / "fine_tune"
-    made = fine_tune.tune(encoder, begin, given, material.split.parts, folder, recipe.seed, recipe.train.args)
+    with TemporaryDirectory() as folder:
+        made = fine_tune.tune(
+            encoder, begin, given, material.split.parts, Path(folder), recipe.seed, recipe.train.args
+        )
     return {head.name: head for head in made}
 
 

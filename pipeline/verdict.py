@@ -113,8 +113,8 @@ def of_audit(audit: Values) -> Iterator[str]:
         percent(audit.get(name), audit.get(f"{name}_interval")) for name in ("precision", "base_rate", "recall")
     )
     yield (
-        f"Rated again on the corpus itself, {precision} of what is kept is good, against {base_rate} of all documents;"
-        f" {recall} of the good ones are kept."
+        f"Rated again on the corpus itself, {precision} of the documents from {audit.get('cut', 0):.2f} up is good,"
+        f" against {base_rate} of all; {recall} of the good ones are among them."
     )
 
 

@@ -79,7 +79,8 @@ def estimate(scores: Floats, good: Bools, of: Strata, kept: Chance) -> Quality:
 
     `scores` (n,) are the student's, from a head that has not learned from these documents; `good` (n,) says the
     teacher. Within a stratum the judged documents must be as good as drawn at random; with fewer than ten of them in
-    strata where good ones are rare the intervals are too narrow (85% instead of 95% with five).
+    strata where good ones are rare the intervals are too narrow (85% instead of 95% with five); so are those of a draw
+    most of which comes from few judged documents, nearly all of them good (83% where 30 to 120 are judged).
     """
     stratum, chance = stratum_of(scores, of), kept(scores)
     weights, empty = weigh(stratum, of)
@@ -150,7 +151,11 @@ class Precision(NamedTuple):
 
 def lowest_cut(scores: Floats, good: Bools, of: Strata, wanted: float) -> tuple[Precision | None, Precision | None]:
     """The lowest score from which the precision is at least `wanted`, None if there is none; and the best precision
-    of any cut. Cuts that keep too few judged documents, or a stratum without any, do not count."""
+    of any cut. Cuts that keep too few judged documents, or a stratum without any, do not count.
+
+    Chosen because it looks good, the cut is on average a little worse than it looks: in a simulation 0.66 instead of
+    0.71 with 100 judged documents, 0.702 instead of 0.705 with 300.
+    """
     stratum = stratum_of(scores, of)
     weights, empty = weigh(stratum, of)
     order = np.argsort(-scores, kind="stable")

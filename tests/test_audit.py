@@ -246,13 +246,13 @@ def test_a_kept_set_that_the_score_does_not_tell_is_not_taken_for_a_cut(
 
 
 def test_a_score_at_the_cut_is_kept_in_every_figure(tmp_path: Path) -> None:
-    """2.2 is above its float32."""
+    """2.1 is above its float32."""
     rows = [
-        {"id": str(i), "text": f"doc-{i} is a document.", "score": 2.2 if i % 2 else 1.0, "int_score": 2 if i % 2 else 1}
+        {"id": str(i), "text": f"doc-{i} is a document.", "score": 2.1 if i % 2 else 1, "int_score": 1 + i % 2}
         for i in range(60)
     ]
     with serve(rated) as server:
-        r = scored(tmp_path, server.url, rows=rows, audit={"sample": 60, "strata": 2}, filter={"min_score": 2.2})
+        r = scored(tmp_path, server.url, rows=rows, audit={"sample": 60, "strata": 2}, filter={"min_score": 2.1})
         result = audit.run(r)
     assert result.kept_share == 0.5
     assert result.precision == pytest.approx(np.mean([teacher(i) >= 2.5 for i in range(60) if i % 2]))

@@ -147,8 +147,9 @@ def test_a_card_can_be_written_from_the_student_alone(tmp_path: Path):
 
 def test_a_student_of_labels_has_its_own_figures(tmp_path: Path):
     topic = Head("topic", "label", LAYERS, labels=("law", "food"))
-    figures = {"n_test": 50, "accuracy": 0.9, "macro_f1": 0.8, "majority_share": 0.4, "intervals": {}}
+    figures = {"n_test": 50, "accuracy": 0.9, "macro_f1": 0.8, "majority_share": 0.4, "n_rare_labels": 0}
     found = written(tmp_path, student(topic), {"targets": {"topic": figures}}, {})
+    assert "| Macro F1 (labels) | 0.800 |" in found.text and "F1 (whole" not in found.content
     assert "one of 2 labels: law, food" in found.text
     assert "| Accuracy | 0.900 |" in found.text and "| Always guessing the commonest | 0.400 |" in found.text
     assert "good when" not in found.text
@@ -166,7 +167,8 @@ def test_a_run_gives_its_prompts_whole_and_nothing_of_where_it_ran(tmp_path: Pat
     found = card.of_run(recipe)
     assert [each["name"] for each in found["prompt_files"]] == ["demo.md"]
     assert found["prompt_files"][0]["text"] == prompt.read_text() and len(found["prompt_files"][0]["digest"]) == 16
-    assert "sample: 7" in found["recipe"]
+    assert "sample: 7" in found["recipe"] and "seed" not in found["recipe"]
+    assert "seed: 3" in card.of_run(recipe.model_copy(update={"seed": 3}))["recipe"]
     assert not [word for word in ("secret", "MY_KEY", "device", "run_folder") if word in found["recipe"]]
 
 

@@ -185,6 +185,7 @@ def test_every_setting_is_a_flag_of_run_and_has_a_sentence(
     ("tokens", "message"),
     [
         (["rate", "--smple", "3"], "Did you mean --sample?"),
+        (["rate", "--next", "0"], "--next: input should be greater than or equal to 1, got 0"),
         (["rate", "--sample", "0"], "--sample: input should be greater than or equal to 1, got '0'"),
         (["rate", "--sample", "many"], "many"),
         (["rte"], 'Did you mean "rate"?'),
@@ -298,7 +299,7 @@ def test_every_command_of_the_readme_parses(
     monkeypatch.chdir(tmp_path)
     for name in ("configs", "prompts"):
         (tmp_path / name).symlink_to(ROOT / name)
-    commands = [shlex.split(command) for command in readme_commands()]
+    commands = [shlex.split(command, comments=True) for command in readme_commands()]
     assert {words[0] for words in commands} == {"bash", "pip", "gristmill"} and len(commands) >= 8
     for words in commands:
         if words[0] == "bash":

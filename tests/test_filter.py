@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import choice, config, filter, rule, sinks
+from pipeline import choice, config, filter, judged, rule, sinks
 from pipeline.errors import UserError
 
 
@@ -306,10 +306,11 @@ def test_fewer_tokens_than_the_best_document_has_are_refused(tmp_path: Path):
 
 def test_what_was_kept_before_stays_when_another_cut_is_refused(tmp_path: Path):
     folder = with_columns(tmp_path, 4, length=[10, 20, 30, 40])
-    run(tmp_path, folder, keep_documents=2)
+    before = run(tmp_path, folder, keep_documents=2)
     with pytest.raises(UserError, match=r"filter.keep_tokens"):
         run(tmp_path, folder, redo=True, keep_tokens=39, tokens_column="length")
     assert kept_scores(tmp_path) == [2.0, 3.0]
+    assert run(tmp_path, folder, keep_documents=2) == before, "its result and settings are still beside it"
 
 
 def test_tokens_that_are_missing_are_refused(tmp_path: Path):
@@ -326,6 +327,17 @@ def test_an_amount_counts_within_each_group(tmp_path: Path):
         ("(none)", 2, 0, None),
     ]
     assert (result.n_kept, result.cut, result.dropped) == (4, None, {"group_full": 36})
+
+
+def test_a_share_that_keeps_nothing_of_any_group_is_told_of_the_largest(tmp_path: Path):
+    folder = with_columns(tmp_path, 9, lang=["en"] * 4 + ["pt"] * 3 + ["da"] * 2)
+    with pytest.raises(UserError, match=r"0.1 of 4 scored documents in the largest lang is none; raise it"):
+        run(tmp_path, folder, keep_share=0.1, per_group="lang")
+
+
+def test_the_cut_is_told_as_a_score_where_an_int_score_makes_it(tmp_path: Path):
+    result = run(tmp_path, scored_folder(tmp_path, [[0.2, 2.625, 3.5]]), min_int_score=3)
+    assert (result.n_kept, result.cut) == (2, 2.625)
 
 
 def test_the_source_is_the_first_folder_where_no_column_says_it(tmp_path: Path):
@@ -556,6 +568,7 @@ def test_an_audit_counts_before_the_ratings(tmp_path: Path):
     table = pa.table({"id": [str(i) for i in range(100)], "score": np.full(100, 5.0), "student_score": scores})
     pq.write_table(table, audit / "ratings.parquet")
     (audit / "result.json").write_text(json.dumps({"good_from": 2.5}))
+    (audit / "inputs.json").write_text(json.dumps({"scores": judged.of_scores(recipe)}))
     result = filter.run(with_filter(recipe, min_score=3.0))
     assert result.quality is not None and result.test_quality is not None
     assert (result.quality["judged_by"], result.quality["precision"]) == ("audit", 1.0)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline import rate, rounds, train
+from pipeline import panel, rate, rounds, train
 from pipeline.config import Recipe
 from pipeline.errors import UserError
 from pipeline.rounds import choose, turns
@@ -129,6 +129,19 @@ def fresh(trained: Recipe, tmp_path: Path) -> Recipe:
     return trained.model_copy(update={"run_folder": tmp_path / "run"})
 
 
+def add(r: Recipe, n: int, redo: bool = False) -> None:
+    """rate --next, but for the rating."""
+    rounds.add(r, n, rate.inputs(r, panel.of(r)), redo)
+
+
+def test_next_with_other_settings_chooses_nothing(fresh: Recipe) -> None:
+    with pytest.raises(UserError, match=r"rate.sample changed from 60 to 61 .*--redo"):
+        add(changed(fresh, "rate", sample=61), 5)
+    assert rounds.files(fresh.run_folder / "rate") == []
+    add(changed(fresh, "rate", pool=30), 5)
+    assert rate.run(fresh).rounds[1]["n_documents"] == 5
+
+
 def asked_in(server: Endpoint, before: int) -> list[str]:
     """Documents asked about since."""
     return [asked.document for asked in server.asked[before:]]
@@ -136,7 +149,7 @@ def asked_in(server: Endpoint, before: int) -> list[str]:
 
 def test_a_round_is_chosen_from_what_is_not_rated_and_rated_like_the_sample(fresh: Recipe, server: Endpoint) -> None:
     sampled, before = set(ratings(fresh)), len(server.asked)
-    rounds.add(fresh, 20)
+    add(fresh, 20)
     table = pq.read_table(fresh.run_folder / "rate" / "rounds" / "1.parquet")
     chosen = table.to_pylist()
     assert len(server.asked) == before, "nothing is asked while choosing"
@@ -157,7 +170,7 @@ def test_a_round_is_chosen_from_what_is_not_rated_and_rated_like_the_sample(fres
 
 def test_figures_about_the_corpus_are_of_the_sample_alone(fresh: Recipe) -> None:
     before = rate.run(fresh)
-    rounds.add(fresh, 20)
+    add(fresh, 20)
     result = rate.run(fresh)
     assert (result.mean_score, result.int_score_counts) == (before.mean_score, before.int_score_counts)
     assert (result.gold or {})["auc"] == (before.gold or {})["auc"]
@@ -166,7 +179,7 @@ def test_figures_about_the_corpus_are_of_the_sample_alone(fresh: Recipe) -> None
 
 
 def test_rating_again_without_next_is_done_already(fresh: Recipe, server: Endpoint) -> None:
-    rounds.add(fresh, 10)
+    add(fresh, 10)
     first, before = rate.run(fresh), len(server.asked)
     assert rate.run(fresh).model_dump_json() == first.model_dump_json()
     assert rate.run(fresh, redo=True).seconds == first.seconds
@@ -177,7 +190,7 @@ def test_rating_again_without_next_is_done_already(fresh: Recipe, server: Endpoi
 
 def test_a_second_next_makes_a_second_round(fresh: Recipe) -> None:
     for number in (1, 2):
-        rounds.add(fresh, 15)
+        add(fresh, 15)
         assert [each["n_documents"] for each in rate.run(fresh).rounds] == [60] + [15] * number
     assert Counter(row["round"] for row in ratings(fresh).values()) == {0: 60, 1: 15, 2: 15}
 
@@ -186,10 +199,10 @@ def test_a_round_that_is_not_rated_to_its_end_goes_on_and_no_other_is_chosen(
     fresh: Recipe, server: Endpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = len(server.asked)
-    rounds.add(fresh, 20)
+    add(fresh, 20)
     stopped = rate.run(changed(changed(fresh, "rate", budget_tokens=107 * 70), "teacher", concurrency=1))
     assert stopped.n_not_asked > 0
-    rounds.add(fresh, 20)
+    add(fresh, 20)
     assert "not rated to its end" in caplog.text
     result = rate.run(fresh)
     assert [each["n_documents"] for each in result.rounds] == [60, 20]
@@ -197,16 +210,16 @@ def test_a_round_that_is_not_rated_to_its_end_goes_on_and_no_other_is_chosen(
 
 
 def test_a_round_that_was_chosen_but_never_asked_about_is_rated_by_rate(fresh: Recipe) -> None:
-    rounds.add(fresh, 20)
+    add(fresh, 20)
     (fresh.run_folder / "rate" / "result.json").unlink()
-    rounds.add(fresh, 20)
+    add(fresh, 20)
     assert [each["n_documents"] for each in rate.run(fresh).rounds] == [60, 20]
 
 
 def test_a_larger_sample_takes_documents_out_of_a_round_and_asks_only_about_new_ones(
     fresh: Recipe, server: Endpoint
 ) -> None:
-    rounds.add(fresh, 20)
+    add(fresh, 20)
     rate.run(fresh)
     before = len(server.asked)
     result = rate.run(changed(fresh, "rate", sample=240), redo=True)
@@ -215,14 +228,14 @@ def test_a_larger_sample_takes_documents_out_of_a_round_and_asks_only_about_new_
 
 
 def test_with_everything_rated_there_is_nothing_to_choose(fresh: Recipe) -> None:
-    rounds.add(changed(fresh, "rate", pool=1000), 500)
+    add(changed(fresh, "rate", pool=1000), 500)
     assert [each["n_documents"] for each in rate.run(fresh).rounds] == [60, 180]
     with pytest.raises(UserError, match=r"rate --next: every document of .* is rated already"):
-        rounds.add(fresh, 1)
+        add(fresh, 1)
 
 
 def test_a_round_of_another_corpus_is_refused(fresh: Recipe, tmp_path: Path) -> None:
-    rounds.add(fresh, 5)
+    add(fresh, 5)
     other = write(tmp_path, [{"id": f"id-{i}", "text": text(i), "site": "a", "known": 0} for i in range(300)])
     with pytest.raises(UserError, match=r"rounds/1\.parquet was chosen from another corpus than"):
         rate.run(changed(fresh, "corpus", path=str(other)), redo=True)
@@ -244,8 +257,13 @@ def test_the_command_chooses_and_rates(fresh: Recipe) -> None:
 
 def test_the_same_choice_is_made_again(fresh: Recipe) -> None:
     path = fresh.run_folder / "rate" / "rounds" / "1.parquet"
-    rounds.add(fresh, 20)
+    add(fresh, 20)
     first = pq.read_table(path)
     path.unlink()
-    rounds.add(fresh, 20)
+    add(fresh, 20)
     assert pq.read_table(path).equals(first)
+
+
+def test_next_without_a_rated_sample_asks_nothing(server: Endpoint, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no rated sample; run gristmill rate first"):
+        add(recipe(tmp_path, server.url), 5)

@@ -153,3 +153,14 @@ def test_folds_hold_units_together_and_spread_strata():
     assert np.bincount(folds).tolist() == [40] * 5
     assert all(len(set(folds[units == unit].tolist())) == 1 for unit in range(100))
     assert np.bincount(folds[np.array(strata) == 1]).tolist() == [4] * 5
+
+
+@pytest.mark.parametrize("sizes", [[42, 9, 9], [300, 60, 50, 40, 30, 20], [60, *[1] * 40]])
+def test_a_few_large_groups_leave_each_part_its_share(sizes: list[int]):
+    shares = {"train": 0.65, "validation": 0.15, "test": 0.2}
+    units = np.repeat(np.arange(len(sizes)), sizes)
+    for seed in range(20):
+        ids = np.array([f"{seed}-{i}" for i in range(len(units))])
+        dealt = splits.deal(units, ids, [0] * len(units), shares, seed)
+        for part, share in shares.items():
+            assert (dealt == part).mean() == pytest.approx(share, abs=0.06)

@@ -162,6 +162,11 @@ def test_the_student_folder_holds_no_pickle_and_nothing_of_the_writing(saved: Pa
     assert [path.name for path in saved.parent.iterdir()] == ["student"]
 
 
+def test_whoever_may_read_the_description_may_read_the_weights(saved: Path):
+    modes = {path.stat().st_mode for path in saved.rglob("*") if path.is_file()}
+    assert modes == {(saved / student.DESCRIPTION).stat().st_mode}
+
+
 def test_every_file_but_the_card_is_named_with_its_digest(saved: Path):
     named = json.loads((saved / "student.json").read_text())["files"]
     there = {path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()}

@@ -225,6 +225,23 @@ def test_trap_14_classes_too_small_to_compare_are_still_learned(embeddings: np.n
     assert fit.strength == 1 and len(fit.head.labels) == 40
 
 
+def test_the_strength_of_labels_is_chosen_on_other_units():
+    """Documents of a group are alike and of one label: held out one by one, they would speak for learning by heart."""
+    rng = np.random.default_rng(0)
+    of_group = rng.integers(0, 3, 30)
+    group = np.repeat(np.arange(30), 8)
+    vectors = rng.normal(size=(30, 40))[group] + 0.8 * np.eye(3, 40)[of_group[group]]
+    vectors += rng.normal(scale=0.3, size=vectors.shape)
+    labels = [str(label) for label in of_group[group]]
+    tags = [[label] if label != "0" else [] for label in labels]
+    for target in (Target("d", "label", labels), Target("u", "labels", tags)):
+        apart, together = (
+            heads.fit_head(target, vectors.astype(np.float32), np.ones(240, dtype=bool), folds).strength
+            for folds in (np.arange(240) % 5, group % 5)
+        )
+        assert together >= 100 * apart
+
+
 @pytest.mark.filterwarnings("error")
 def test_two_labels_are_as_likely_as_sklearn_says(embeddings: np.ndarray, domains: list):
     from sklearn.linear_model import LogisticRegression

@@ -198,7 +198,7 @@ def test_a_score_learned_beside_others_is_the_one_learned_alone(tmp_path: Path, 
     [
         (["scrore"], r"train.targets: 'scrore' is not in .*ratings.parquet; did you mean score\?"),
         (["clarity"], r"train.targets: 'clarity' is not in .*ratings.parquet; there are: score$"),
-        (["gold"], r"'gold' is not in .*; there are: score"),
+        (["gold"], r"'gold' in .*ratings.parquet is double without a scale; scores are numbers with a scale"),
     ],
 )
 def test_a_target_in_no_file_is_named_with_those_there_are(
@@ -207,6 +207,73 @@ def test_a_target_in_no_file_is_named_with_those_there_are(
     ratings_file(tmp_path, [1.0, 2.0] * 20, many)
     with pytest.raises(UserError, match=message):
         train.run(settings(tmp_path, tiny_encoder, targets=targets))
+
+
+@pytest.mark.parametrize(
+    ("columns", "scale", "message"),
+    [
+        (
+            {},
+            "0-5",
+            r"ratings.parquet is no ratings or labels file \(the scale of score is not two numbers such as 0 5\)",
+        ),
+        ({}, "5 0", r"is no ratings or labels file \(the scale of score goes from 5 to 0\)"),
+        ({"id": list(range(40))}, "0 5", r"is no ratings or labels file \(id is int64, not text\)"),
+        ({"gold": ["good", "bad"] * 20}, "0 5", r"\(gold is text, neither a number nor true/false\)"),
+        ({"score": ["1", "2"] * 20}, "0 5", r"'score' in .* is string with a scale; scores are numbers with a scale"),
+    ],
+)
+def test_a_file_that_cannot_be_read_as_ratings_is_refused_in_a_line(
+    tmp_path: Path, tiny_encoder: Path, many: list[str], columns: dict[str, list], scale: str, message: str
+):
+    path = ratings_file(tmp_path, [1.0, 2.0] * 20, many, **columns)
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"scale": scale}), path)
+    with pytest.raises(UserError, match=message):
+        train.run(settings(tmp_path, tiny_encoder))
+
+
+def test_labels_of_another_prompt_mixed_in_are_refused(tmp_path: Path, tiny_encoder: Path, many: list[str]):
+    said = {"topic": ["a", "b"] * 40, "prompt": ["topics"] * 80, "prompt_digest": ["aa"] * 50 + ["bb"] * 30}
+    ratings_file(tmp_path, [1.0] * 80, many, opinions=pa.nulls(80), **said)
+    with pytest.raises(UserError, match=r"different prompts \(50 by topics aa; 30 by topics bb\); keep those of one"):
+        train.run(settings(tmp_path, tiny_encoder, targets=["topic"]))
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (["a", "b", "c"] * 20, r"in the test part; copies, .* leaves 3 to deal; rate more distinct texts or groups$"),
+        (["a"] * 40 + ["b"] * 10 + ["c"] * 10, r"all 40 documents to learn from hang together"),
+    ],
+)
+def test_groups_too_few_to_deal_are_named_as_what_is_missing(
+    tmp_path: Path, tiny_encoder: Path, many: list[str], groups: list[str], message: str
+):
+    ratings_file(tmp_path, [1.0, 2.0, 3.0] * 20, many, group=groups)
+    with pytest.raises(UserError, match=message):
+        train.run(settings(tmp_path, tiny_encoder))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("head", ["linear", "ordinal", "mlp"])
+def test_the_fewest_ratings_make_a_student_with_a_learning_curve(
+    tmp_path: Path, tiny_encoder: Path, many: list[str], head: str
+):
+    ratings_file(tmp_path, learnable(tiny_encoder, many[:20]), many)
+    found = train.run(settings(tmp_path, tiny_encoder, head=head, learning_curve=True)).targets["score"]
+    assert isinstance(found, ScoreFigures) and found.learning_curve is not None
+    assert found.learning_curve["points"][-1]["spearman"] is not None
+
+
+def test_the_student_says_how_many_tokens_it_can_read(tmp_path: Path, tiny_encoder: Path, many: list[str]):
+    ratings_file(tmp_path, [1.0, 2.0, 3.0] * 20, many)
+    wide = {"model": str(tiny_encoder), "max_tokens": 100_000, "dtype": "float32", "device": "cpu"}
+    recipe = settings(tmp_path, tiny_encoder).model_copy(update={"encoder": config.Encoder.model_validate(wide)})
+    train.run(recipe)
+    made = student.load(tmp_path / "run/train/student")
+    assert made.encoder_settings.max_tokens == made.encoder.max_tokens < 100_000
+    card = (tmp_path / "run/train/student/README.md").read_text()
+    assert f"the first {made.encoder.max_tokens} tokens" in card
 
 
 def test_targets_whose_columns_would_overwrite_each_other_are_refused(
