@@ -64,6 +64,8 @@ class ReportResult(Result):
     states: dict[str, str]
     """done, begun or not begun, by stage."""
     verdict: list[str]
+    warnings: list[str]
+    """Shortcuts that explain much of the score."""
 
 
 def run(recipe: Recipe, redo: bool = False) -> ReportResult:
@@ -87,7 +89,8 @@ def run(recipe: Recipe, redo: bool = False) -> ReportResult:
                 page=str(page),
                 n_bytes=page.stat().st_size,
                 states={name: values["state"] for name, values in states.items()},
-                verdict=[*chain.from_iterable(shown["verdict"].values()), *shown["shortcut_warnings"]],
+                verdict=list(chain.from_iterable(shown["verdict"].values())),
+                warnings=shown["shortcut_warnings"],
             )
         )
 

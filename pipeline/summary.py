@@ -360,9 +360,8 @@ def tell_export(result: Values) -> str:
 
 
 def tell_report(result: Values) -> str:
-    """Where the page is, and its verdict."""
-    lines = [f"{escape(result['page'])} ({result['n_bytes'] / 1e6:.1f} MB)", *result["verdict"]]
-    return "\n".join(lines)
+    """Where the page is, and what it warns of."""
+    return "\n".join([f"{escape(result['page'])} ({result['n_bytes'] / 1e6:.1f} MB)", *result["warnings"]])
 
 
 TELL = {
