@@ -103,7 +103,8 @@ def draw_quality(axis: Any, result: Result) -> None:
     axis.set_xticks([1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005])
     axis.xaxis.set_major_formatter(formatter(percent))
     axis.minorticks_off()
-    axis.set_ylim(0, 1.02)
+    axis.set_ylim(0, 1.14)
+    axis.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axis.yaxis.set_major_formatter(formatter(percent))
     axis.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
     axis.set_xlabel("share of the documents kept, the best first")
@@ -135,7 +136,7 @@ def name_line(axis: Any, points: list[Result], name: str, colour: str) -> None:
     """The figure's name where its line is apart from the other one."""
     if not points:
         return
-    here = points[0] if name == "precision" else points[len(points) * 4 // 5]
+    here = points[0] if name == "precision" else points[len(points) * 2 // 5]
     place, side = ((8, 6), "right") if name == "precision" else ((7, 7), "left")
     spot = (here["share"], here[name])
     halo = needs("matplotlib.patheffects", "plots").withStroke(linewidth=3, foreground="white")

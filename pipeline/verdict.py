@@ -99,10 +99,15 @@ def of_more_ratings(learned: Values) -> Iterator[str]:
 
 
 def of_filter(filtered: Values) -> Iterator[str]:
-    """How much of the corpus is kept."""
-    if filtered:
-        n, of = filtered.get("n_kept", 0), filtered.get("n_rows", 0)
-        yield f"Of the corpus, {n:,} of {of:,} documents are kept ({filtered.get('kept_share', 0):.1%})."
+    """How much of the corpus is kept, and how good that is."""
+    if not filtered:
+        return
+    n, of = filtered.get("n_kept", 0), filtered.get("n_rows", 0)
+    yield f"Of the corpus, {n:,} of {of:,} documents are kept ({filtered.get('kept_share', 0):.1%})."
+    known = filtered.get("quality") or {}
+    if known.get("precision") is not None:
+        precision, recall = (percent(known[name], known[f"{name}_interval"]) for name in ("precision", "recall"))
+        yield f"By the {known['judged_by']}, {precision} of them is good, and {recall} of what is good is among them."
 
 
 def of_audit(audit: Values) -> Iterator[str]:

@@ -245,6 +245,14 @@ def learned(**more: Any) -> dict[str, Any]:
     return {"train": {"targets": {"score": figures | more}}}
 
 
+def test_the_verdict_says_how_good_the_kept_documents_are():
+    known = {"judged_by": "ratings", "precision": 0.9, "precision_interval": [0.85, 0.94], "recall": None}
+    filtered = {"n_kept": 300, "n_rows": 1000, "kept_share": 0.3, "quality": {**known, "recall_interval": None}}
+    assert verdict.verdict({"filter": filtered})["kept"][1] == (
+        "By the ratings, 90% [85%, 94%] of them is good, and an unknown share of what is good is among them."
+    )
+
+
 def test_the_verdict_is_plain_sentences():
     told = verdict.verdict(learned(ceiling={"spearman": 0.9, "spearman_interval": [0.88, 0.93]}))["student"]
     assert told == [
