@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline import card, hub, metrics, targets
 from pipeline import student as students
-from pipeline.config import Encoder, Recipe
+from pipeline.config import Encoder, Recipe, load_recipe
 from pipeline.errors import UserError, needs
 from pipeline.layers import Outputs
 from pipeline.storage import atomic, write_text
@@ -125,7 +125,9 @@ def written(work: Stage, folder: Path, student: Student) -> ExportResult:
 
 def texts(recipe: Recipe) -> list[str]:
     """Real texts to compare on: those that were rated or labelled, else those of the model card."""
-    given = [recipe.train.ratings] if recipe.train.ratings else []
+    trained = recipe.run_folder / "train" / "recipe.yaml"
+    ratings = recipe.train.ratings or (load_recipe(trained, {}).train.ratings if trained.exists() else None)
+    given = [ratings] if ratings else []
     made = [recipe.run_folder / inside for inside in (targets.RATINGS, targets.LABELS)]
     path = next((path for path in [*given, *made] if path.exists()), None)
     if path is None:

@@ -121,6 +121,13 @@ def test_what_the_outputs_mean_lies_beside_them(exported: tuple[Path, Student]):
     assert [(each["name"], each["scale"]) for each in found["outputs"]] == [("a", [0, 5]), ("b", [0, 5])]
 
 
+def test_texts_are_those_that_the_student_was_trained_on(tmp_path: Path):
+    pq.write_table(pa.table({"text": ["one text", " ", "another"]}), tmp_path / "mine.parquet")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/recipe.yaml").write_text(f"train: {{ratings: {tmp_path}/mine.parquet}}")
+    assert export.texts(config.Recipe(run_folder=tmp_path)) == ["one text", "another"]
+
+
 def test_an_export_that_is_there_is_not_made_again(exported: tuple[Path, Student]):
     file = exported[0] / "export" / "model.onnx"
     before = file.stat().st_mtime_ns
