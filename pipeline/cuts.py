@@ -64,10 +64,12 @@ def run(recipe: Recipe, redo: bool = False) -> CutsResult:
     found, shards = scored.locate(recipe, "plan")
     with stage("cuts", recipe, inputs(recipe, shards)) as work:
         has_plots = importlib.util.find_spec("matplotlib") is not None
-        done = work.finished(CutsResult, True, not redo and (not has_plots or (work.folder / "cuts.png").exists()))
+        there = not redo and (not has_plots or (work.folder / "cuts.png").exists())
+        done = work.finished(CutsResult, True, there, start=False)
         if done:
             return done
         seen = look(recipe, found, shards)
+        work.start()
         result = plan(recipe, seen, work.seconds)
         try:
             cuts_picture.draw(work.folder / "cuts.png", result.model_dump())

@@ -305,6 +305,12 @@ def sets(values: list[list[str]]) -> list[frozenset[str]]:
 def warn_if_weak(result: TrainResult) -> None:
     """Say so when a head hardly follows the teacher, or guesses no better than without reading."""
     for name, found in result.targets.items():
+        if isinstance(found, ScoreFigures) and sum(n > 0 for n in found.int_score_counts["half_up"].values()) == 1:
+            log.warning(
+                "train: the student's %s hardly varies: half up it is one whole score throughout; where the teacher's"
+                " hardly does, mend its prompt",
+                name,
+            )
         if is_weak(found):
             log.warning(
                 "train: the student hardly follows its teacher in %s; rate more documents or try another encoder", name

@@ -187,3 +187,12 @@ def test_the_result_is_json_and_comes_back(recipe: config.Recipe):
     written = json.loads((recipe.run_folder / "cuts" / "result.json").read_text())
     assert cuts.CutsResult.model_validate(written) == result
     assert [each["value"] for each in written["by"]["source"]] == ["."]
+
+
+def test_a_plan_by_a_column_that_is_not_there_leaves_the_plan_before(recipe: config.Recipe):
+    planned(recipe)
+    result = recipe.run_folder / "cuts/result.json"
+    before = result.read_text()
+    with pytest.raises(UserError, match="nosuch"):
+        planned(recipe, by=("nosuch",))
+    assert result.read_text() == before

@@ -433,3 +433,12 @@ def test_a_second_head_embeds_nothing_again(tmp_path: Path, tiny_encoder: Path, 
     before = (tmp_path / "run/embeddings.sqlite").read_bytes()
     train.run(settings(tmp_path, tiny_encoder, head="ordinal"), redo=True)
     assert (tmp_path / "run/embeddings.sqlite").read_bytes() == before
+
+
+def test_a_student_whose_scores_hardly_vary_is_named(
+    tmp_path: Path, tiny_encoder: Path, many: list[str], caplog: pytest.LogCaptureFixture
+):
+    close = [3.8 + 0.05 * value / 5 for value in learnable(tiny_encoder, many)]
+    ratings_file(tmp_path, close, many)
+    train.run(settings(tmp_path, tiny_encoder))
+    assert "score hardly varies: half up it is one whole score throughout" in caplog.text
