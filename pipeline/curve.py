@@ -109,17 +109,8 @@ def point(n: int, whole: dict[str, Floats], tables: dict[str, Floats], i: int) -
     found: dict[str, Any] = {"n": n}
     for name in MEASURES:
         found[name] = float(whole[name][i]) if np.isfinite(whole[name][i]) else None
-        found[f"{name}_interval"] = interval(tables[name][i, 1:])
+        found[f"{name}_interval"] = metrics.percentile_interval(tables[name][i, 1:])
     return found
-
-
-def interval(values: Floats) -> tuple[float, float] | None:
-    """95% of the resamples; None where a measure is mostly not defined."""
-    defined = values[np.isfinite(values)]
-    if len(defined) <= len(values) // 2:
-        return None
-    low, high = np.quantile(defined, [0.025, 0.975])
-    return float(low), float(high)
 
 
 # -- what more ratings would buy --------------------------------------------------------------------------------------
@@ -133,7 +124,7 @@ def gain(sizes: Floats, kappas: Floats, n_train: int, share: float, n_more: int)
     with 95% intervals that held it in 50 to 83 of 100.
     """
     now, then = extrapolate(sizes, kappas, np.array([n_train, n_train + share * n_more]))
-    of_all, gained = float((then - now)[:, 0].mean()), interval((then - now)[:, 1:].ravel())
+    of_all, gained = float((then - now)[:, 0].mean()), metrics.percentile_interval((then - now)[:, 1:].ravel())
     defined = bool(np.isfinite(of_all))
     return {
         "n_more": n_more,

@@ -1,6 +1,5 @@
 """What each cut would keep of the scored corpus, and how good that would be, before anything is written."""
 
-import hashlib
 import importlib.util
 import logging
 import math
@@ -17,6 +16,7 @@ from pipeline.config import Recipe
 from pipeline.errors import UserError
 from pipeline.judged import Judged
 from pipeline.shards import Counts, Shard, fingerprint
+from pipeline.storage import content
 from pipeline.tracking import Result, progress, read_json, stage
 from pipeline.weighting import Strata, above, estimate
 
@@ -86,7 +86,7 @@ def inputs(recipe: Recipe, shards: list[Shard]) -> dict[str, Any]:
         "tokens": scored.tokens_counted_by(recipe),
         "seed": recipe.seed,
         "shards": {shard.name: fingerprint(shard) for shard in shards},
-        "judged": {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files},
+        "judged": {path.parent.name: content(path) for path in files},
     }
 
 

@@ -1,6 +1,5 @@
 """Stage 4: the best documents are kept, and every dropped one is counted."""
 
-import hashlib
 import heapq
 import logging
 import math
@@ -132,7 +131,7 @@ def inputs(recipe: Recipe, found: list[Shard]) -> dict[str, Any]:
         "seed": recipe.seed,
         **drawn_by,
         "shards": {shard.name: fingerprint(shard) for shard in found},
-        **{path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files if path.exists()},
+        **{path.name: storage.content(path) for path in files if path.exists()},
     }
 
 

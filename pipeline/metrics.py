@@ -167,8 +167,13 @@ def bootstrap_interval(
     if len(arrays[0]) < 3:
         return None
     values = np.concatenate([statistic(*rows) for rows in resamples(arrays, seed, n)])
-    defined = values[~np.isnan(values)]
-    if len(defined) <= n // 2:
+    return percentile_interval(values)
+
+
+def percentile_interval(values: Floats) -> Interval | None:
+    """95% of resampled values (n_resamples,); None where the majority is not defined."""
+    defined = values[np.isfinite(values)]
+    if len(defined) <= len(values) // 2:
         return None
     low, high = np.quantile(defined, [0.025, 0.975])
     return float(low), float(high)

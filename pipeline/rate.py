@@ -1,6 +1,5 @@
 """Stage 1: a teacher, or several, rate a sample of the corpus."""
 
-import hashlib
 import logging
 from collections import Counter
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import consensus, metrics, panel, ratings, rounds, teacher
+from pipeline import consensus, metrics, panel, ratings, rounds, storage, teacher
 from pipeline import gold as golds
 from pipeline.config import Recipe
 from pipeline.consensus import Verdict
@@ -138,7 +137,7 @@ def inputs(recipe: Recipe, raters: list[Rater]) -> dict[str, Any]:
 def content(path: Path) -> str:
     """16 hex digits of a file's content."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return storage.content(path)
     except OSError as error:
         raise UserError(f"rate.gold: {path} cannot be read ({error.strerror}); give a file of human scores") from None
 

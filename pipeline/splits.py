@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from zlib import crc32
 
 import numpy as np
@@ -30,6 +30,7 @@ LARGE = 0.2
 """Share of the smallest part above which a unit is large."""
 
 Pair = tuple[int, int]
+T = TypeVar("T")
 
 
 class Split(NamedTuple):
@@ -119,7 +120,7 @@ def turn(members: list[tuple[str, Hashable]], seed: int) -> tuple[str, str]:
     return str(stratum), hashlib.sha256(f"{seed} {id}".encode()).hexdigest()
 
 
-def pick(values: Sequence[Hashable], chosen: NDArray[np.bool_]) -> list[Hashable]:
+def pick(values: Sequence[T], chosen: NDArray[np.bool_]) -> list[T]:
     """The chosen values, in order."""
     return [value for value, is_chosen in zip(values, chosen, strict=True) if is_chosen]
 

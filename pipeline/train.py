@@ -1,6 +1,5 @@
 """Stage 2: a student on a frozen encoder learns what the teacher said."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,8 @@ from pipeline.figures import Figures, Judged, ScoreFigures, ceiling_of, of_score
 from pipeline.heads import N_FOLDS, known
 from pipeline.label_figures import LabelFigures, of_label, of_labels
 from pipeline.lesson import Lesson, Material, good_from
-from pipeline.metrics import Bools
-from pipeline.splits import PARTS, Split
-from pipeline.storage import write_table
+from pipeline.splits import PARTS, Split, pick
+from pipeline.storage import content, write_table
 from pipeline.student import Head, Student, schema_of
 from pipeline.targets import Kind, Sources, Target, TrainingSet
 from pipeline.tracking import Result, Stage, progress, stage
@@ -91,7 +89,7 @@ def run(recipe: Recipe, redo: bool = False) -> TrainResult:
 def inputs(recipe: Recipe, found: Sources) -> dict[str, object]:
     """Everything that decides the student."""
     return {
-        "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in found.values()},
+        "files": {path.name: content(path) for path in found.values()},
         "encoder": recipe.encoder.identity(),
         "train": recipe.train.identity(),
         "seed": recipe.seed,
@@ -187,11 +185,6 @@ def fine_tune_all(encoder: Encoder, material: Material, given: TrainingSet, work
             encoder, begin, given, material.split.parts, Path(folder), recipe.seed, recipe.train.args
         )
     return {head.name: head for head in made}
-
-
-def pick(values: Sequence[Any], chosen: Bools) -> list[Any]:
-    """The chosen values, in order."""
-    return [value for value, is_chosen in zip(values, chosen, strict=True) if is_chosen]
 
 
 # -- what is written --------------------------------------------------------------------------------------------------

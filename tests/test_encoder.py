@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import SMALL
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
@@ -17,14 +18,6 @@ from pipeline import config
 from pipeline.encoder import Embedded, Encoder
 from pipeline.errors import UserError
 
-SMALL = {
-    "vocab_size": 1000,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "initializer_range": 0.3,
-}
 DISTILBERT = {"vocab_size": 1000, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "initializer_range": 0.3}
 SPECIAL = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 FROM_2 = {**SMALL, **SPECIAL, "max_position_embeddings": 66}

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import ENDS, SMALL
 from transformers import (
     AutoTokenizer,
     DebertaV2Config,
@@ -135,15 +136,6 @@ def test_an_export_that_is_there_is_not_made_again(exported: tuple[Path, Student
     assert file.stat().st_mtime_ns == before
 
 
-SMALL = {
-    "vocab_size": 1000,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "initializer_range": 0.3,
-}
-ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 FAMILIES = {
     "distilbert": lambda: DistilBertModel(
         DistilBertConfig(vocab_size=1000, dim=32, n_layers=2, n_heads=2, hidden_dim=64, initializer_range=0.3)

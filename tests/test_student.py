@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ENDS, SMALL
 from sentence_transformers import SentenceTransformer
 from transformers import (
     AutoModelForSequenceClassification,
@@ -288,16 +289,7 @@ def test_a_student_keeps_its_encoder_and_its_precision_unless_told(saved: Path, 
 
 # -- other libraries --------------------------------------------------------------------------------------------------
 
-SMALL = {
-    "vocab_size": 1000,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "initializer_range": 0.3,
-}
 ROBERTA = {**SMALL, "max_position_embeddings": 130, "pad_token_id": 1}
-ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 FAMILIES = {
     "bert": lambda: BertModel(BertConfig(**SMALL)),
     "roberta": lambda: RobertaModel(RobertaConfig(**ROBERTA)),
