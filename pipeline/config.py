@@ -226,10 +226,17 @@ class Encoder(Settings):
     """How the scores of several windows become one: their mean, their mean weighted by tokens, or the highest."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the encoder; auto is bfloat16 where the hardware multiplies it and float32 elsewhere."""
+    engine: Literal["packed", "plain", "exact"] = "packed"
+    """How it computes: packed, over texts one after the other without padding, where its architecture is known, else
+    plain; plain, by transformers in padded batches; exact, by transformers in float32, one window at a time, bit for
+    bit what the model gives for it alone."""
     device: Annotated[str | None, OPERATIONAL] = None
-    """cuda, cuda:1, mps or cpu; without it the best one present."""
-    batch_tokens: Count = 4096
-    """Tokens in one batch, padding included."""
+    """cuda (all of them), cuda:1, mps or cpu; without it the best one present."""
+    workers: Annotated[Count | None, OPERATIONAL] = None
+    """Threads that tokenise and compute; without it one for each CPU core, and three for each GPU."""
+    batch_tokens: Count | None = None
+    """Tokens in one pack, or in one batch with its padding; without it 2048 in a pack on the CPU, 32,768 on a GPU, and
+    4096 in a plain batch."""
     cache: Annotated[Path | None, OPERATIONAL] = None
     """File of embeddings computed before; without it embeddings.sqlite in the run folder."""
 
@@ -270,6 +277,10 @@ class Score(Settings):
     """Replace columns called score and int_score that the corpus already has, instead of stopping."""
     keep_embeddings: bool = False
     """Write each document's embedding beside the scores (float16), for filter.sampling: density."""
+    sidecar: bool = False
+    """Write id and scores only, instead of the documents with their scores; later stages read both."""
+    more_students: tuple[str, ...] = ()
+    """Further students, each NAME=FOLDER, that score in the same pass; their columns end in _NAME (score_NAME)."""
 
 
 class Export(Settings):

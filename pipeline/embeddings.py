@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from pipeline.config import Recipe
 from pipeline.corpus import text_id
-from pipeline.encoder import Embedded, Embeddings, Encoder
+from pipeline.encoder import Embedded, Encoder
 from pipeline.errors import UserError
+from pipeline.forward import Embeddings
 from pipeline.storage import writing
 
 TABLE = """CREATE TABLE IF NOT EXISTS embeddings (
@@ -62,26 +63,27 @@ def gather(file: sqlite3.Connection, name: str, ids: Sequence[str], encoder: Enc
         return encoder.embed([])
     vectors: list[Embeddings] = []
     tokens: list[NDArray[np.int32]] = []
-    truncated = 0
+    truncated: list[int] = []
     for part in parts(ids):
         found = {id: Row(*values) for id, values in rows(file, name, part, "vectors, tokens, truncated")}
         tokens += [np.frombuffer(found[id].tokens, np.int32) for id in part]
         flat = [np.frombuffer(found[id].vectors, np.float32) for id in part]
         vectors.append(np.concatenate(flat).reshape(sum(map(len, tokens[-len(part) :])), -1))
-        truncated += sum(found[id].truncated for id in part)
+        truncated += [found[id].truncated for id in part]
     owners = np.repeat(np.arange(len(ids)), [len(of_text) for of_text in tokens])
-    return Embedded(np.concatenate(vectors), owners, np.concatenate(tokens).astype(np.int64), truncated)
+    return Embedded(
+        np.concatenate(vectors), owners, np.concatenate(tokens).astype(np.int64), np.array(truncated, np.bool_)
+    )
 
 
 def compute(encoder: Encoder, chunk: Sequence[str], texts: dict[str, str], step: Step) -> dict[str, Row]:
     """Rows for the texts of these ids."""
-    read = encoder.read([texts[id] for id in chunk])
-    vectors = encoder.vectors(read, step)
-    begins = np.searchsorted(read.owners, np.arange(len(chunk) + 1))
-    tokens = np.array([len(ids) for ids in read.ids], np.int32)
+    found = encoder.embed([texts[id] for id in chunk], step)
+    begins = np.searchsorted(found.owners, np.arange(len(chunk) + 1))
+    tokens = found.tokens.astype(np.int32)
     return {
-        id: Row(vectors[begin:end].tobytes(), tokens[begin:end].tobytes(), int(truncated))
-        for id, begin, end, truncated in zip(chunk, begins[:-1], begins[1:], read.truncated, strict=True)
+        id: Row(found.vectors[begin:end].tobytes(), tokens[begin:end].tobytes(), int(truncated))
+        for id, begin, end, truncated in zip(chunk, begins[:-1], begins[1:], found.truncated, strict=True)
     }
 
 

@@ -2,18 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import config, models, windows
+from pipeline import config, forward, models, windows
 from pipeline.errors import UserError, needs
-from pipeline.windows import Ids, Windows
+from pipeline.forward import Embeddings, Forward
+from pipeline.windows import Windows
+from pipeline.workers import Effort, in_order
 
-Embeddings = NDArray[np.float32]
+UNIT_TEXTS = 64
+"""Texts that one worker takes at a time."""
 
 
 class Embedded(NamedTuple):
@@ -25,8 +29,13 @@ class Embedded(NamedTuple):
     """(n_windows,) index of the text each window is of, rising; every text has at least one."""
     tokens: NDArray[np.int64]
     """(n_windows,) tokens in each window, special ones included."""
-    n_truncated: int
-    """Texts of which not all tokens were read."""
+    truncated: NDArray[np.bool_]
+    """(n_texts,) whether not all tokens of the text were read."""
+
+    @property
+    def n_truncated(self) -> int:
+        """Texts of which not all tokens were read."""
+        return int(self.truncated.sum())
 
     def documents(self, weighted: bool = False) -> Embeddings:
         """The mean of each text's windows, or their mean weighted by tokens: (n_texts, dim) float32."""
@@ -47,6 +56,9 @@ class Encoder:
         self.model = load(settings)
         self.tokenizer: Any = self.model.tokenizer
         self.max_tokens = min(settings.max_tokens, positions(self.model) or settings.max_tokens)
+        self.effort = Effort()
+        self.made_for = -1
+        self.lanes: SimpleQueue[Forward] = SimpleQueue()
 
     @property
     def revision(self) -> str | None:
@@ -55,51 +67,75 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits of all that decides an embedding, but for the rounding of another device or batch."""
+        """16 hex digits of all that decides an embedding, but for the rounding of another device, engine or batch."""
         kind = [weights(self.model), architecture(self.model), vocabulary(self.tokenizer)]
         return config.digest([*kind, self.max_tokens, self.settings.windows])
 
     @cached_property
     def dim(self) -> int:
         """Numbers in an embedding."""
-        return int(self.forward(self.read(["a"]).ids).shape[1])
+        return int(self.embed(["a"]).vectors.shape[1])
+
+    # -- texts
 
     def embed(self, texts: Sequence[str], step: Callable[[int], None] = lambda _: None) -> Embedded:
-        """The embeddings of each text's windows, in the order given. `step` hears of progress."""
-        read = self.read(texts)
-        return Embedded(self.vectors(read, step), read.owners, lengths(read), int(read.truncated.sum()))
+        """The embeddings of each text's windows, in the order given. `step` hears of texts that are done."""
+        units = [texts[i : i + UNIT_TEXTS] for i in range(0, len(texts), UNIT_TEXTS)]
+        found: list[Embedded] = []
+        for unit, embedded in in_order(self.embed_unit, units, self.ready(), self.begin_thread):
+            found.append(embedded)
+            step(len(unit))
+        return joined(found) if found else nothing(self.dim)
+
+    def embed_unit(self, texts: Sequence[str]) -> Embedded:
+        """The same for some texts, by the thread that calls; `ready` comes first."""
+        with self.effort.spent("tokenising"):
+            read = self.read(texts)
+        with self.effort.spent("computing"):
+            return Embedded(self.vectors(read), read.owners, lengths(read), read.truncated)
 
     def read(self, texts: Sequence[str]) -> Windows:
         """The windows of tokens of each text."""
         return windows.cut(texts, self.tokenizer, self.max_tokens, self.settings.windows)
 
-    def vectors(self, read: Windows, step: Callable[[int], None] = lambda _: None) -> Embeddings:
-        """Embeddings of windows (n_windows, dim), computed in batches of similar length."""
-        first = np.diff(read.owners, prepend=-1) > 0
-        found: Embeddings | None = None
-        for batch in batches(lengths(read), self.settings.batch_tokens):
-            rows = self.forward([read.ids[i] for i in batch])
-            found = np.empty((len(read.ids), rows.shape[1]), np.float32) if found is None else found
-            found[batch] = rows
-            step(int(first[batch].sum()))
+    # -- tokens
+
+    def vectors(self, read: Windows) -> Embeddings:
+        """Embeddings of windows (n_windows, dim)."""
+        lane = self.lanes.get()
+        try:
+            found: Embeddings | None = None
+            for batch in lane.cut(lengths(read)):
+                rows = self.checked(lane([read.ids[i] for i in batch]))
+                found = np.empty((len(read.ids), rows.shape[1]), np.float32) if found is None else found
+                found[batch] = rows
+        finally:
+            self.lanes.put(lane)
         return np.empty((0, self.dim), np.float32) if found is None else found
 
-    def forward(self, ids: Sequence[Ids]) -> Embeddings:
-        """Embeddings of one batch: (n_rows, dim) float32."""
-        longest = max(map(len, ids))
-        padded = np.full((len(ids), longest), self.tokenizer.pad_token_id or 0, np.int64)
-        mask = np.zeros_like(padded)
-        for row, tokens in enumerate(ids):
-            padded[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = 1
-        device = self.model.device
-        inputs = {"input_ids": padded, "attention_mask": mask}
-        with self.torch.inference_mode():
-            pooled = self.model({name: self.torch.from_numpy(array).to(device) for name, array in inputs.items()})
-        rows: Embeddings = pooled["sentence_embedding"].float().cpu().numpy()
+    def checked(self, rows: Embeddings) -> Embeddings:
+        """The same embeddings, if they are numbers."""
         if not np.isfinite(rows).all():
             raise UserError(f"encoder {self.settings.model} gives NaN; use encoder.dtype float32")
         return rows
+
+    # -- threads
+
+    def ready(self) -> int:
+        """Lays the weights out, anew where they have changed since, for as many threads as it says."""
+        n_workers = self.settings.workers or forward.n_workers(self.model.device.type)
+        version = sum(weight._version for weight in self.model.parameters())
+        if version != self.made_for:
+            self.made_for, self.lanes = version, SimpleQueue()
+            way = forward.pick(self.model, self.settings, self.effort)
+            for _ in range(n_workers):
+                self.lanes.put(way)
+        return n_workers
+
+    def begin_thread(self) -> None:
+        """One thread computes with one core; several share the cores better by working on several units."""
+        if self.model.device.type == "cpu":
+            self.torch.set_num_threads(1)
 
 
 def lengths(read: Windows) -> NDArray[np.int64]:
@@ -107,16 +143,18 @@ def lengths(read: Windows) -> NDArray[np.int64]:
     return np.array([len(ids) for ids in read.ids], np.int64)
 
 
-def batches(lengths: NDArray[np.int64], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of rising length in batches of at most `batch_tokens` tokens, padding included, or of one."""
-    batch: list[int] = []
-    for i in np.argsort(lengths, kind="stable").tolist():
-        if batch and (len(batch) + 1) * lengths[i] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+def joined(found: Sequence[Embedded]) -> Embedded:
+    """The embeddings of several lists of texts as those of one."""
+    begins = np.cumsum([0, *(len(each.truncated) for each in found)])
+    owners = [each.owners + begin for each, begin in zip(found, begins, strict=False)]
+    vectors, _, tokens, truncated = zip(*found, strict=True)
+    return Embedded(np.concatenate(vectors), np.concatenate(owners), np.concatenate(tokens), np.concatenate(truncated))
+
+
+def nothing(dim: int) -> Embedded:
+    """The embeddings of no texts."""
+    none = np.empty(0, np.int64)
+    return Embedded(np.empty((0, dim), np.float32), none, none, np.empty(0, np.bool_))
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -125,6 +163,7 @@ def batches(lengths: NDArray[np.int64], batch_tokens: int) -> Iterator[list[int]
 def load(settings: config.Encoder) -> Any:
     """The encoder as sentence-transformers modules, without the heads of a student."""
     name, device = models.locate(settings.model, "encoder.model"), models.pick_device(settings.device)
+    dtype = "float32" if settings.engine == "exact" else settings.dtype
     sentence_transformers = needs("sentence_transformers", "torch")
     damaged = needs("safetensors", "torch").SafetensorError
     try:
@@ -132,7 +171,7 @@ def load(settings: config.Encoder) -> Any:
             name,
             revision=settings.revision,
             device=device,
-            model_kwargs={"dtype": models.pick_dtype(settings.dtype, device)},
+            model_kwargs={"dtype": models.pick_dtype(dtype, device)},
         ).eval()
     except (OSError, ValueError, KeyError, ImportError, damaged) as error:
         reason = str(error).strip().split("\n")[0][:200]

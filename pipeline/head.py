@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
 from pipeline import metrics
-from pipeline.encoder import Embedded, Embeddings
+from pipeline.encoder import Embedded
+from pipeline.forward import Embeddings
 from pipeline.layers import Layers, Outputs
 from pipeline.targets import Kind
 

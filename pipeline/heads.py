@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.encoder import Embeddings
+from pipeline.forward import Embeddings
 from pipeline.metrics import Bools, Floats
 from pipeline.student import Head, Layer
 from pipeline.targets import Kind, Target

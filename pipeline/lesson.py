@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from pipeline import calibration, curve, heads, metrics, splits
 from pipeline.config import Recipe
-from pipeline.encoder import Embedded, Embeddings
+from pipeline.encoder import Embedded
+from pipeline.forward import Embeddings
 from pipeline.heads import Fit, known
 from pipeline.metrics import Bools, Floats
 from pipeline.splits import Split

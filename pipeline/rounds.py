@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.config import Corpus, Recipe, digest
-from pipeline.encoder import Embeddings
 from pipeline.errors import UserError
+from pipeline.forward import Embeddings
 from pipeline.sample import Document, sample
 from pipeline.shards import find_shards, fingerprint
 from pipeline.storage import write_table

@@ -274,5 +274,5 @@ def as_asked(own: config.Encoder, asked: config.Encoder | None) -> config.Encode
     for name in sorted(given & OF_THE_STUDENT):
         if getattr(asked, name) not in (None, getattr(own, name)):
             log.warning("encoder.%s: the student keeps its own, %r", name, getattr(own, name))
-    how = {name: getattr(asked, name) for name in given & {"device", "dtype", "batch_tokens"}}
+    how = {name: getattr(asked, name) for name in given & {"device", "dtype", "engine", "workers", "batch_tokens"}}
     return own.model_copy(update=how)

@@ -3,7 +3,7 @@
 extras=$1
 venv=$2
 python=${PYTHON:-python3}
-wanted="$("$python" --version) [$extras] $(cat pyproject.toml scripts/constraints.txt scripts/venv.sh | cksum)"
+wanted="$("$python" --version) [$extras] $(cat pyproject.toml scripts/constraints.txt scripts/venv.sh pipeline/_attention.c | cksum)"
 if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
   "$venv/bin/pip" install -qq --disable-pip-version-check -c scripts/constraints.txt -e ".[$extras]"

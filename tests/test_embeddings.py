@@ -23,16 +23,16 @@ def spread(tiny_encoder: Path) -> Encoder:
 
 
 def counted(made: Encoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The windows of each batch that the encoder really computes."""
-    batches: list[int] = []
-    forward = made.forward
+    """The windows of each unit of texts that the encoder really computes."""
+    computed: list[int] = []
+    vectors = made.vectors
 
-    def watched(ids):
-        batches.append(len(ids))
-        return forward(ids)
+    def watched(read):
+        computed.append(len(read.ids))
+        return vectors(read)
 
-    monkeypatch.setattr(made, "forward", watched)
-    return batches
+    monkeypatch.setattr(made, "vectors", watched)
+    return computed
 
 
 def stored(path: Path) -> int:
@@ -71,21 +71,20 @@ def test_what_is_stored_is_not_computed_again(tmp_path: Path, spread: Encoder, t
 
 def test_a_run_that_stops_midway_goes_on_where_it_was(tmp_path: Path, spread: Encoder, texts: list[str], monkeypatch):
     monkeypatch.setattr(embeddings, "CHUNK_TEXTS", 3)
-    forward = spread.forward
-    allowed = iter(range(4))
+    embed_unit = spread.embed_unit
+    allowed = iter(range(3))
 
-    def stopping(ids):
+    def stopping(unit):
         if next(allowed, None) is None:
             raise KeyboardInterrupt
-        return forward(ids)
+        return embed_unit(unit)
 
-    monkeypatch.setattr(spread, "forward", stopping)
-    monkeypatch.setattr(spread, "settings", spread.settings.model_copy(update={"batch_tokens": 100}))
+    monkeypatch.setattr(spread, "embed_unit", stopping)
     with pytest.raises(KeyboardInterrupt):
         embeddings.embed(spread, texts[:12], tmp_path / "cache.sqlite")
     kept = stored(tmp_path / "cache.sqlite")
     assert kept % 3 == 0 and kept < 12
-    monkeypatch.setattr(spread, "forward", forward)
+    monkeypatch.setattr(spread, "embed_unit", embed_unit)
     assert_same(embeddings.embed(spread, texts[:12], tmp_path / "cache.sqlite"), spread.embed(texts[:12]))
     assert stored(tmp_path / "cache.sqlite") == 12
 

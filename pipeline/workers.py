@@ -1,0 +1,75 @@
+"""Work on a stream by threads: torch and the tokenizers let go of Python's lock while they compute."""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Lock
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+AHEAD = 2
+"""Items for each worker that are taken from the stream before their turn."""
+
+
+def in_order(
+    work: Callable[[Item], Made], items: Iterable[Item], n_workers: int, start: Callable[[], None] = lambda: None
+) -> Iterator[tuple[Item, Made]]:
+    """Each item with what `work` makes of it, in the order given, a bounded number at a time. `start` is called in
+    every thread. Where the stream fails, what came before is finished first."""
+    waiting: deque[tuple[Item, Future[Made]]] = deque()
+    source, failed = iter(items), None
+    with ThreadPoolExecutor(n_workers, thread_name_prefix="encoder", initializer=start) as pool:
+        try:
+            while True:
+                try:
+                    item = next(source)
+                except StopIteration:
+                    break
+                except Exception as error:
+                    failed = error
+                    break
+                waiting.append((item, pool.submit(work, item)))
+                if len(waiting) >= AHEAD * n_workers:
+                    yield done(waiting)
+            while waiting:
+                yield done(waiting)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    if failed is not None:
+        raise failed
+
+
+def done(waiting: "deque[tuple[Item, Future[Made]]]") -> tuple[Item, Made]:
+    """The first item that waits, with what was made of it."""
+    item, made = waiting.popleft()
+    return item, made.result()
+
+
+class Effort:
+    """What work took, over all threads."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.seconds: Counter[str] = Counter()
+        """By activity: reading, tokenising, computing, writing."""
+        self.counts: Counter[str] = Counter()
+        """tokens, slots (tokens with padding), halvings (packs that did not fit into memory)."""
+
+    @contextmanager
+    def spent(self, activity: str) -> Iterator[None]:
+        """Count the block's seconds."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.seconds[activity] += time.perf_counter() - begin  # type: ignore[assignment]
+
+    def count(self, **numbers: int) -> None:
+        """Add to the counts."""
+        with self.lock:
+            self.counts.update(numbers)
