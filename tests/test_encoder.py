@@ -243,7 +243,7 @@ def test_odd_texts_are_embedded(tiny_encoder: Path):
 
 def test_a_documents_embedding_is_the_mean_of_its_windows():
     vectors = np.array([[1, 0], [4, 2], [0, 8]], np.float32)
-    embedded = Embedded(vectors, np.array([0, 1, 1]), np.array([5, 30, 10]), 0)
+    embedded = Embedded(vectors, np.array([0, 1, 1]), np.array([5, 30, 10]), np.zeros(2, np.bool_))
     assert embedded.documents().tolist() == [[1, 0], [2, 5]]
     assert embedded.documents(weighted=True).tolist() == [[1, 0], [3, 3.5]]
     assert embedded.documents(weighted=True).dtype == np.float32

@@ -30,7 +30,7 @@ def target(values: list, **known: object) -> Target:
 
 def predicted(fit: heads.Fit, embeddings: np.ndarray) -> np.ndarray:
     n = len(embeddings)
-    return fit.head.predict(Embedded(embeddings, np.arange(n), np.full(n, 9), 0))["score"]
+    return fit.head.predict(Embedded(embeddings, np.arange(n), np.full(n, 9), np.zeros(n, np.bool_)))["score"]
 
 
 def test_ridge_is_that_of_sklearn_for_more_and_for_fewer_documents_than_dimensions(embeddings: np.ndarray):

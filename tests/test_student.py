@@ -87,14 +87,14 @@ def test_a_head_is_its_layers_one_after_the_other():
 def test_windows_become_one_score(aggregate: str, expected: list[float]):
     one = Head("score", "score", (Layer(np.eye(1, dtype=np.float32), np.zeros(1, np.float32)),), (0, 9))
     vectors = np.array([[1], [3], [7]], np.float32)
-    embedded = Embedded(vectors, np.array([0, 0, 1]), np.array([30, 10, 5]), 0)
+    embedded = Embedded(vectors, np.array([0, 0, 1]), np.array([30, 10, 5]), np.zeros(2, np.bool_))
     found = one.predict(embedded, aggregate)
     assert found["score"].tolist() == expected and found["score"].dtype == np.float32
     assert found["int_score"].tolist() == np.floor(np.array(expected) + 0.5).tolist()
 
 
 def test_scores_of_windows_are_aggregated_not_their_embeddings():
-    embedded = Embedded(numbers(2, 32, seed=5) * 9, np.array([0, 0]), np.array([9, 9]), 0)
+    embedded = Embedded(numbers(2, 32, seed=5) * 9, np.array([0, 0]), np.array([9, 9]), np.zeros(1, np.bool_))
     head = score_head(layers=ORDINAL)
     found = head.predict(embedded)["score"][0]
     assert found == pytest.approx(head.outputs(embedded.vectors).mean(), rel=1e-6)
@@ -102,7 +102,7 @@ def test_scores_of_windows_are_aggregated_not_their_embeddings():
 
 
 def test_no_texts_have_no_scores():
-    nothing = Embedded(np.empty((0, 32), np.float32), np.empty(0, np.int64), np.empty(0, np.int64), 0)
+    nothing = Embedded(np.empty((0, 32), np.float32), *[np.empty(0, np.int64)] * 2, np.empty(0, np.bool_))
     for aggregate in ("mean", "weighted", "max"):
         found = score_head().predict(nothing, aggregate)
         assert found["score"].shape == (0,) and found["int_score"].shape == (0,)
@@ -110,7 +110,9 @@ def test_no_texts_have_no_scores():
 
 def test_cuts_decide_the_whole_scores_and_leave_the_score_alone():
     identity = (Layer(np.eye(1, dtype=np.float32), np.zeros(1, np.float32)),)
-    embedded = Embedded(np.array([[0.9], [1.5], [2.2]], np.float32), np.arange(3), np.ones(3, np.int64), 0)
+    embedded = Embedded(
+        np.array([[0.9], [1.5], [2.2]], np.float32), np.arange(3), np.ones(3, np.int64), np.zeros(3, np.bool_)
+    )
     found = Head("score", "score", identity, (0, 3), cuts=(1.0, 1.6, 2.0)).predict(embedded)
     assert found["int_score"].tolist() == [0, 1, 3]
     assert found["score"].tolist() == embedded.vectors[:, 0].tolist()

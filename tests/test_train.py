@@ -83,7 +83,7 @@ def test_trap_12_the_test_part_chooses_nothing(tmp_path: Path, tiny_encoder: Pat
     scores = np.array(learnable(tiny_encoder, many))
     recipe = settings(tmp_path, tiny_encoder, learning_curve=True)
     vectors = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
-    embedded = Embedded(vectors, np.arange(300), np.full(300, 9), 0)
+    embedded = Embedded(vectors, np.arange(300), np.full(300, 9), np.zeros(300, np.bool_))
     split = splits.split(many, [0] * 300, [None] * 300, [0] * 300, recipe.train, 0)
     split = split._replace(units=np.arange(300))
     shuffled = scores.copy()
@@ -337,7 +337,7 @@ def test_a_held_out_prediction_does_not_follow_the_documents_own_score(tmp_path:
     rng = np.random.default_rng(0)
     vectors, scores = rng.normal(size=(300, 8)).astype(np.float32), rng.integers(0, 5, 300).astype(float)
     split = splits.split(many, [0] * 300, [None] * 300, [0] * 300, recipe.train, 0)
-    embedded = Embedded(vectors, np.arange(300), np.full(300, 9), 0)
+    embedded = Embedded(vectors, np.arange(300), np.full(300, 9), np.zeros(300, np.bool_))
     material = Material(embedded, vectors, split, np.zeros(300, np.int64), recipe)
     at = int(np.flatnonzero(split.parts == "train")[0])
     changed = scores + 0.2 * (np.arange(300) == at)  # stays in its stratum, so that the folds are the same
