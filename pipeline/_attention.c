@@ -50,11 +50,12 @@ FAST static void lay_out(const bf16 *k, const bf16 *v, int n, int n_keys, int di
         }
     }
     for (int j = 0; j < n_keys; j += 2) {
-        const bf16 *even = v + (size_t)j * stride;
+        const bf16 *even = v + (size_t)j * stride, *odd = even + stride;
         uint32_t *row = to.values + (size_t)j / 2 * dims;
         for (int x = 0; x < dims; x += 16) {
-            const __m256i low = j < n ? _mm256_loadu_si256((const void *)(even + x)) : _mm256_setzero_si256();
-            const __m256i high = j + 1 < n ? _mm256_loadu_si256((const void *)(even + stride + x)) : _mm256_setzero_si256();
+            const __m256i none = _mm256_setzero_si256();
+            const __m256i low = j < n ? _mm256_loadu_si256((const __m256i *)(even + x)) : none;
+            const __m256i high = j + 1 < n ? _mm256_loadu_si256((const __m256i *)(odd + x)) : none;
             const __m512i shifted = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
             _mm512_storeu_si512(row + x, _mm512_or_si512(_mm512_cvtepu16_epi32(low), shifted));
         }
@@ -198,8 +199,8 @@ static PyObject *attend(PyObject *self, PyObject *args) {
 }
 
 static PyMethodDef methods[] = {
-    {"attend", attend, METH_VARARGS, "softmax(q k' scale) v of each document: qkv (tokens, 3 hidden) to out (tokens, hidden)."},
-    {"is_supported", is_supported, METH_NOARGS, "Whether this CPU has the instructions."},
+    {"attend", attend, METH_VARARGS, "softmax(q k' scale) v of each document, (tokens, 3 hidden) to (tokens, hidden)"},
+    {"is_supported", is_supported, METH_NOARGS, "Whether this CPU has the instructions"},
     {NULL, NULL, 0, NULL},
 };
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_attention", NULL, -1, methods, NULL, NULL, NULL, NULL};

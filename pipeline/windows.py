@@ -7,12 +7,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import models
+from pipeline.tokens import Ids, Reader, reader
 
 How = Literal["first", "spread", "all"]
-Ids = NDArray[np.int32]
 
 PIECE = 1_000_000
 """Characters that are tokenised at once."""
+FEW = 6
+"""Characters per token of a first cut where it changes no token: more than nearly all texts have."""
+MANY = 64
+"""Characters per token of a first cut where it may change the last tokens before it."""
 
 
 class Windows(NamedTuple):
@@ -27,10 +31,11 @@ class Windows(NamedTuple):
 
 
 def cut(texts: Sequence[str], tokenizer: Any, max_tokens: int, how: How) -> Windows:
-    """The windows of each text, of at most `max_tokens` tokens with the special ones."""
-    before, after = (np.array(ids, np.int32) for ids in models.special_tokens_around(tokenizer))
+    """The windows of each text, of at most `max_tokens` tokens with the special ones, by a tokenizer or its reader."""
+    read_by = tokenizer if isinstance(tokenizer, Reader) else reader(tokenizer)
+    before, after = read_by.before, read_by.after
     room = max(max_tokens - len(before) - len(after), 1)
-    read = beginnings(texts, room, tokenizer) if how == "first" else whole(texts, tokenizer)
+    read = beginnings(texts, room, read_by) if how == "first" else whole(texts, read_by)
     ids: list[Ids] = []
     owners: list[int] = []
     truncated = np.zeros(len(texts), np.bool_)
@@ -52,31 +57,42 @@ def starts(n_tokens: int, room: int, how: How) -> list[int]:
     return list(range(0, max(n_tokens, 1), room))
 
 
-def beginnings(texts: Sequence[str], room: int, tokenizer: Any) -> Iterator[Ids]:
-    """Of each text its tokens, or at least one more than `room` of them, whatever its length."""
-    pieces = [models.cut_at_space(text, 64 * room) for text in texts]
-    for text, piece, ids in zip(texts, pieces, token_ids(pieces, tokenizer), strict=True):
-        enough = len(piece) == len(text) or len(ids) > room + models.CUT_REACHES
-        yield ids if enough else np.array(models.first_tokens(text, room + 1, tokenizer)[0], np.int32)
+def beginnings(texts: Sequence[str], room: int, read_by: Reader) -> list[Ids]:
+    """Of each text its tokens, or at least one more than `room` of them, whatever its length: a prefix is tokenised,
+    and one of twice the length as long as it gives too few."""
+    found = [np.empty(0, np.int32)] * len(texts)
+    enough = room + models.CUT_REACHES
+    characters = (FEW if read_by.spaces else MANY) * enough
+    left = list(range(len(texts)))
+    while left:
+        pieces = [prefix(texts[i], characters, read_by, anywhere=characters >= MANY * room) for i in left]
+        for i, ids in zip(left, read_by.ids(pieces), strict=True):
+            found[i] = ids
+        cut_short = [i for i, piece in zip(left, pieces, strict=True) if len(piece) < len(texts[i])]
+        left = [i for i in cut_short if len(found[i]) <= enough]
+        characters *= 2
+    return found
 
 
-def whole(texts: Sequence[str], tokenizer: Any) -> Iterator[Ids]:
+def prefix(text: str, characters: int, read_by: Reader, anywhere: bool) -> str:
+    """At most so many first characters, cut where that changes no token; where there is no such place, none of them,
+    or up to any space if `anywhere` will do, which is where only runs of thousands of characters can differ."""
+    if len(text) <= characters:
+        return text
+    return read_by.prefix(text, characters) or (models.cut_at_space(text, characters) if anywhere else "")
+
+
+def whole(texts: Sequence[str], read_by: Reader) -> Iterator[Ids]:
     """All tokens of each text; a very long one is tokenised piece by piece, so that time and memory grow with it."""
-    of_short = token_ids([text for text in texts if len(text) <= PIECE], tokenizer)
+    of_short = iter(read_by.ids([text for text in texts if len(text) <= PIECE]))
     for text in texts:
         short = len(text) <= PIECE
-        yield next(of_short) if short else np.concatenate(list(long_ids(text, tokenizer)))
+        yield next(of_short) if short else np.concatenate(list(long_ids(text, read_by)))
 
 
-def long_ids(text: str, tokenizer: Any) -> Iterator[Ids]:
+def long_ids(text: str, read_by: Reader) -> Iterator[Ids]:
     """The tokens of each piece of a text."""
-    return (ids for piece in pieces_of(text) for ids in token_ids([piece], tokenizer))
-
-
-def token_ids(texts: Sequence[str], tokenizer: Any) -> Iterator[Ids]:
-    """The tokens of each text, without special ones."""
-    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    return (np.array(row, np.int32) for row in rows)
+    return (ids for piece in pieces_of(text) for ids in read_by.ids([piece]))
 
 
 def pieces_of(text: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from pipeline import windows
+from pipeline.tokens import reader
 
 
 @pytest.fixture(scope="module", params=["tiny_encoder", "tiny_causal", "tiny_t5"])
@@ -75,7 +76,7 @@ def test_documents_that_are_cut_are_counted_by_what_is_read(tokenizer, texts: li
 def test_a_very_long_document_is_tokenised_in_pieces_to_the_same_tokens(tokenizer, texts: list[str], monkeypatch):
     monkeypatch.setattr(windows, "PIECE", 1000)
     long = " ".join(" ".join(texts[:20]).split())
-    found = windows.whole([texts[0], long, "short"], tokenizer)
+    found = windows.whole([texts[0], long, "short"], reader(tokenizer))
     assert [ids.tolist() for ids in found] == [plain(tokenizer, text) for text in (texts[0], long, "short")]
     assert len(long) > 10_000 and max(map(len, windows.pieces_of(long))) <= 1000
 
