@@ -1,5 +1,6 @@
 """A local teacher gives each document the answer it would give to that document alone, computed naively."""
 
+import copy
 import importlib.util
 import json
 import logging
@@ -354,6 +355,31 @@ def test_greedy_answers_equal_the_naive_reference(tiny_causal, sliding, document
     assert (loaded(prompt, settings).prefix is not None) == shared_prefix
     for text in documents:
         assert (found[text].text, found[text].finish) == plain.greedy(prompt, text, 12)
+
+
+def test_the_rubrics_keys_are_shared_and_further_ones_are_written_where_they_stay(tiny_causal, documents):
+    local = loaded(writing(), setup(tiny_causal))
+    rows = [local.layout.row(Question("00000000", text)) for text in documents]
+    ids, mask = local.inputs(rows).values()
+    cache, n_head = local.prefix_for(ids), len(local.pieces.head)
+    layer = cache.layers[1]
+    space, rubric = layer.keys.data_ptr(), local.prefix.layers[1].keys
+    with torch.inference_mode():
+        plain = copy.deepcopy(local.prefix)
+        plain.batch_repeat_interleave(len(rows))
+        local.forward(ids[:, n_head:], mask, cache)
+        local.forward(ids[:, n_head:], mask, plain)
+    assert (layer.keys.data_ptr(), layer.keys.shape[2]) == (space, ids.shape[1])
+    assert torch.equal(layer.keys, plain.layers[1].keys)
+    assert torch.equal(layer.values, plain.layers[1].values)
+    assert torch.equal(local.prefix.layers[1].keys, rubric)
+    assert rubric.shape[:3:2] == (1, n_head)
+
+
+def test_an_answer_longer_than_the_space_kept_for_it_is_the_same(tiny_causal, naive, documents):
+    found = asked(writing(), setup(tiny_causal, max_tokens=3, args={"max_new_tokens": 12}), documents)
+    for text in documents:
+        assert found[text].text == naive.greedy(writing(), text, 12)[0]
 
 
 @pytest.mark.parametrize("start", ["", "The text is"])

@@ -86,7 +86,8 @@ class LocalTeacher:
         head = self.torch.tensor([self.pieces.head], device=self.device)
         with self.torch.inference_mode():
             cache = self.model(input_ids=head, use_cache=True).past_key_values
-        plain = all(type(layer).__name__ == "DynamicLayer" for layer in getattr(cache, "layers", [None]))
+        layers = getattr(cache, "layers", [None])
+        plain = all(type(layer).__name__ == "DynamicLayer" and layer.is_initialized for layer in layers)
         return cache if plain else None
 
     def answers(self, rows: list[Row]) -> list[tuple[str, Answer]]:
@@ -124,12 +125,12 @@ class LocalTeacher:
         tensor = functools.partial(self.torch.tensor, device=self.device)
         return {"input_ids": tensor(ids), "attention_mask": tensor(mask)}
 
-    def prefix_for(self, n_rows: int) -> Any:
-        """A copy of the head's keys and values for each row."""
+    def prefix_for(self, ids: Any) -> Any:
+        """The head's keys and values for each row of ids, with space for all that follows, the answer included."""
         if self.prefix is None:
             return None
-        cache = copy.deepcopy(self.prefix)
-        cache.batch_repeat_interleave(n_rows)
+        (n_rows, n_columns), cache = ids.shape, copy.copy(self.prefix)
+        cache.layers = [spacious()(layer, n_rows, n_columns + self.layout.room) for layer in self.prefix.layers]
         return cache
 
     # -- choices
@@ -151,7 +152,7 @@ class LocalTeacher:
         """Log-probabilities (n_rows, vocabulary) after the prompt, and a function that gives those after further
         tokens, (n_rows, n_tokens, vocabulary)."""
         ids, mask = self.inputs(rows).values()
-        cache = self.prefix_for(len(rows))
+        cache = self.prefix_for(ids)
         seen = len(self.pieces.head) if cache is not None else 0
         out = self.forward(ids[:, seen:], mask, cache, last_only=True)
 
@@ -195,7 +196,7 @@ class LocalTeacher:
         if self.encoder_decoder:
             batch["decoder_input_ids"] = self.torch.tensor([self.pieces.decoder] * len(rows), device=self.device)
         else:
-            batch["past_key_values"] = self.prefix_for(len(rows))
+            batch["past_key_values"] = self.prefix_for(batch["input_ids"])
         self.torch.manual_seed(self.settings.seed + int(rows[0].key[-8:], 16))
         begin = len(self.pieces.decoder) or batch["input_ids"].shape[1]
         out = self.model.generate(**batch, tokenizer=self.tokenizer, **self.options(), **self.only_answers(begin))
@@ -235,6 +236,38 @@ def chain(ids: list[int], first: Any, after: After) -> list[float]:
         following = after(tuple(ids[:-1]))
         total = total + sum(following[:, step, token] for step, token in enumerate(ids[1:]))
     return list(total.tolist())
+
+
+@functools.cache
+def spacious() -> Any:
+    """A cache layer where further columns are written into a space kept for them. The library's own appends, which
+    copies all keys and values for each token."""
+    cache_utils = needs("transformers.cache_utils", "torch")
+
+    class Spacious(cache_utils.DynamicLayer):  # type: ignore[misc, name-defined]
+        def __init__(self, head: Any, n_rows: int, n_columns: int) -> None:
+            super().__init__()
+            self.__dict__.update(head.__dict__)
+            states = head.keys, head.values
+            self.space = [each.new_empty(n_rows, each.shape[1], n_columns, each.shape[3]) for each in states]
+            self.write(0, states)
+
+        def write(self, begin: int, states: tuple[Any, Any]) -> None:
+            """Put keys and values (n_rows, n_heads, n_new, dim) at column `begin`."""
+            end = begin + states[0].shape[2]
+            for space, new in zip(self.space, states, strict=True):
+                space[:, :, begin:end] = new
+            self.keys, self.values = self.written = [space[:, :, :end] for space in self.space]
+
+        def update(self, keys: Any, values: Any, *args: Any, **options: Any) -> Any:
+            """Append; the library's way once the space is used up, or the library itself has cut or moved them."""
+            begin = self.get_seq_length()
+            if self.keys is not self.written[0] or begin + keys.shape[2] > self.space[0].shape[2]:
+                return super().update(keys, values, *args, **options)
+            self.write(begin, (keys, values))
+            return self.keys, self.values
+
+    return Spacious
 
 
 def pad_and_ends(tokenizer: Any, model: Any) -> tuple[int, set[int]]:
