@@ -281,6 +281,14 @@ class Score(Settings):
     """Write id and scores only, instead of the documents with their scores; later stages read both."""
     more_students: tuple[str, ...] = ()
     """Further students, each NAME=FOLDER, that score in the same pass; their columns end in _NAME (score_NAME)."""
+    cascade_keep_share: Annotated[float | None, Field(gt=0, lt=1)] = None
+    """Read with the encoder only what a cheap first student cannot rule out of this best share of the corpus, and give
+    the rest no score; without it everything is scored."""
+    cascade_recall: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """Share of those best documents that is scored all the same, with 95% confidence."""
+    cascade_sample: Count = 6000
+    """Documents that are scored first, for the first student to learn from and to be calibrated on; the more, the more
+    it rules out."""
 
 
 class Export(Settings):

@@ -1,7 +1,9 @@
 """A corpus as record batches, and the documents in them."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -20,8 +22,12 @@ from pipeline.formats import (
     read_hub,
     read_jsonl,
     read_parquet,
+    tops,
 )
-from pipeline.shards import Counts, Shard, first_line, opened, reading
+from pipeline.shards import Beside, Counts, Shard, beside, first_line, opened, reading
+
+DTYPES = {pa.float32(): "float32", pa.int8(): "int8", pa.string(): "string"}
+"""Names of types in the notes that Hugging Face `datasets` keeps in a file."""
 
 
 def read(
@@ -36,6 +42,7 @@ def read(
         "parquet": read_parquet,
         "arrow": read_arrow,
         "hub": read_hub,
+        "sidecar": read_sidecar,
     }
     with reading(shard):
         if shard.format == "jsonl":
@@ -53,6 +60,7 @@ def read_schema(shard: Shard, corpus: Corpus) -> pa.Schema:
         "parquet": parquet_schema,
         "arrow": arrow_schema,
         "hub": hub_schema,
+        "sidecar": sidecar_schema,
     }
     with reading(shard):
         schema = heads[shard.format](shard, corpus) if shard.format in heads else None
@@ -68,7 +76,7 @@ def n_rows(found: Iterable[Shard]) -> int | None:
     """Rows of a corpus, when the files say so without being read."""
     total = 0
     for shard in found:
-        if shard.format != "parquet":
+        if shard.format not in ("parquet", "sidecar"):
             return None
         with reading(shard), opened(shard) as file:
             total += pq.ParquetFile(file).metadata.num_rows
@@ -93,6 +101,102 @@ def unify(schema: pa.Schema, other: pa.Schema, shard: Shard) -> pa.Schema:
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         why = first_line(error)
         raise UserError(f"{shard.source}: a column changes its type within the file ({why}); make it one") from None
+
+
+# -- scores beside documents ------------------------------------------------------------------------------------------
+
+
+def read_sidecar(shard: Shard, corpus: Corpus, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+    """Stream documents with the scores that lie beside them; what of either is not asked for is not read."""
+    names = student_schema(shard).names
+    asked = names if columns is None else [name for name in columns if name in names]
+    others = None if columns is None else [name for name in columns if name not in names]
+    scores = read_parquet(shard, corpus, asked or names[:1])  # one at least, which counts the rows
+    return scores if others == [] else in_step(read_documents(shard, others, names), scores, shard)
+
+
+def sidecar_schema(shard: Shard, _: Corpus) -> pa.Schema:
+    """The schema of the documents with the student's columns."""
+    return scored_schema(documents_schema(documents_of(shard)), student_schema(shard))
+
+
+def student_schema(shard: Shard) -> pa.Schema:
+    """The student's columns in a sidecar, which stand behind the ids."""
+    return pa.schema(list(parquet_schema(shard, Corpus()))[1:])
+
+
+def documents_of(shard: Shard) -> Beside:
+    """Where the documents of a sidecar are."""
+    found = beside(shard)
+    assert found is not None, f"{shard.source} is no sidecar"
+    return found
+
+
+@lru_cache(maxsize=1024)
+def documents_schema(of: Beside) -> pa.Schema:
+    """The schema of the documents; kept, since JSON lines are read through for it."""
+    return read_schema(of.shard, of.corpus)
+
+
+def read_documents(shard: Shard, columns: list[str] | None, replaced: list[str]) -> Iterator[pa.RecordBatch]:
+    """Stream the documents of a sidecar without the columns that it replaces, with the types of the whole shard."""
+    of = documents_of(shard)
+    schema = without(documents_schema(of), replaced)
+    names = schema.names if columns is None else columns
+    if of.shard.format not in ("jsonl", "hub"):
+        return read(of.shard, of.corpus, Counts(), names)
+    typed = pa.schema([schema.field(name) for name in tops(schema, names, of.shard)])
+    return read(of.shard, of.corpus, Counts(), schema=typed)
+
+
+def in_step(
+    documents: Iterator[pa.RecordBatch], scores: Iterator[pa.RecordBatch], shard: Shard
+) -> Iterator[pa.RecordBatch]:
+    """The batches of the documents, each with its scores behind it; refuses other documents than were scored."""
+    held = next(scores, None)
+    for batch in documents:
+        while held is None or len(held) < len(batch):
+            more = next(scores, None)
+            if held is None or more is None:
+                raise other_documents(shard)
+            held = pa.concat_batches([held, more])
+        both = pa.schema([*batch.schema, *held.schema])
+        yield pa.RecordBatch.from_arrays([*batch.columns, *held.slice(0, len(batch)).columns], schema=both)
+        held = held.slice(len(batch))
+    if held is not None and (len(held) or next(scores, None) is not None):
+        raise other_documents(shard)
+
+
+def other_documents(shard: Shard) -> UserError:
+    """What to say where there are more documents than scores, or fewer."""
+    return UserError(
+        f"{shard.source} holds scores for another number of documents than are in {documents_of(shard).shard.source};"
+        " put back what was scored, or run gristmill score --redo"
+    )
+
+
+def scored_schema(schema: pa.Schema, added: pa.Schema) -> pa.Schema:
+    """The schema with the student's columns at its end; Hugging Face's own notes on the columns stay true."""
+    metadata = dict(schema.metadata or {})
+    if b"huggingface" in metadata:
+        notes = json.loads(metadata[b"huggingface"])
+        features = notes.get("info", {}).get("features")
+        if features is not None:
+            features |= {field.name: feature(field.type) for field in added}
+        metadata[b"huggingface"] = json.dumps(notes).encode()
+    return pa.schema([*without(schema, added.names), *added], metadata)
+
+
+def feature(kind: pa.DataType) -> dict[str, Any]:
+    """A column type as Hugging Face `datasets` notes it."""
+    if pa.types.is_list(kind):
+        return {"feature": feature(kind.value_type), "_type": "List"}
+    return {"dtype": DTYPES[kind], "_type": "Value"}
+
+
+def without(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:
+    """The schema without some columns."""
+    return pa.schema([field for field in schema if field.name not in names], schema.metadata)
 
 
 # -- documents --------------------------------------------------------------------------------------------------------

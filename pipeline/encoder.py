@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from pipeline import config, forward, models, windows
 from pipeline.errors import UserError, needs
-from pipeline.forward import Embeddings, Forward
+from pipeline.forward import Embeddings
+from pipeline.lanes import Lane, gathered
+from pipeline.tokens import reader
 from pipeline.windows import Windows
 from pipeline.workers import Effort, in_order
-
-UNIT_TEXTS = 64
-"""Texts that one worker takes at a time."""
 
 
 class Embedded(NamedTuple):
@@ -53,12 +52,15 @@ class Encoder:
     def __init__(self, settings: config.Encoder) -> None:
         self.torch = needs("torch", "torch")
         self.settings = settings
-        self.model = load(settings)
+        device = models.pick_device(settings.device)
+        self.devices = models.each(device)
+        self.model = load(settings, self.devices[0])
         self.tokenizer: Any = self.model.tokenizer
+        self.reader = reader(self.tokenizer)
         self.max_tokens = min(settings.max_tokens, positions(self.model) or settings.max_tokens)
         self.effort = Effort()
         self.made_for = -1
-        self.lanes: SimpleQueue[Forward] = SimpleQueue()
+        self.lanes: SimpleQueue[Lane] = SimpleQueue()
 
     @property
     def revision(self) -> str | None:
@@ -76,42 +78,62 @@ class Encoder:
         """Numbers in an embedding."""
         return int(self.embed(["a"]).vectors.shape[1])
 
+    @property
+    def is_independent(self) -> bool:
+        """Whether an embedding is the same to the bit beside any other texts; of an encoder that is `ready`."""
+        return forward.is_independent(self.first_lane, self.settings)
+
+    @cached_property
+    def word_embeddings(self) -> Any:
+        """The table of the tokens' own embeddings (n_words, dim) float32, on the CPU."""
+        return self.model[0].auto_model.get_input_embeddings().weight.detach().to("cpu", self.torch.float32)
+
+    @property
+    def unit_texts(self) -> int:
+        """Texts that one worker should take at a time; of an encoder that is `ready`."""
+        return self.first_lane.way.unit_texts
+
     # -- texts
 
     def embed(self, texts: Sequence[str], step: Callable[[int], None] = lambda _: None) -> Embedded:
         """The embeddings of each text's windows, in the order given. `step` hears of texts that are done."""
-        units = [texts[i : i + UNIT_TEXTS] for i in range(0, len(texts), UNIT_TEXTS)]
-        found: list[Embedded] = []
-        for unit, embedded in in_order(self.embed_unit, units, self.ready(), self.begin_thread):
+        n_workers, found = self.ready(), list[Embedded]()
+        units = [texts[i : i + self.unit_texts] for i in range(0, len(texts), self.unit_texts)]
+        for unit, embedded in in_order(self.embed_unit, units, n_workers, self.begin_thread):
             found.append(embedded)
             step(len(unit))
         return joined(found) if found else nothing(self.dim)
 
     def embed_unit(self, texts: Sequence[str]) -> Embedded:
         """The same for some texts, by the thread that calls; `ready` comes first."""
+        return self.embed_windows(self.read_unit(texts))
+
+    def read_unit(self, texts: Sequence[str]) -> Windows:
+        """The windows of tokens of some texts, its time counted."""
         with self.effort.spent("tokenising"):
-            read = self.read(texts)
+            return self.read(texts)
+
+    def embed_windows(self, read: Windows) -> Embedded:
+        """The embeddings of windows, by the thread that calls."""
         with self.effort.spent("computing"):
             return Embedded(self.vectors(read), read.owners, lengths(read), read.truncated)
 
     def read(self, texts: Sequence[str]) -> Windows:
         """The windows of tokens of each text."""
-        return windows.cut(texts, self.tokenizer, self.max_tokens, self.settings.windows)
+        return windows.cut(texts, self.reader, self.max_tokens, self.settings.windows)
 
     # -- tokens
 
     def vectors(self, read: Windows) -> Embeddings:
         """Embeddings of windows (n_windows, dim)."""
+        if not read.ids:
+            return np.empty((0, self.dim), np.float32)
         lane = self.lanes.get()
         try:
-            found: Embeddings | None = None
-            for batch in lane.cut(lengths(read)):
-                rows = self.checked(lane([read.ids[i] for i in batch]))
-                found = np.empty((len(read.ids), rows.shape[1]), np.float32) if found is None else found
-                found[batch] = rows
+            launched = list(lane.launch(read.ids, self.effort))
         finally:
-            self.lanes.put(lane)
-        return np.empty((0, self.dim), np.float32) if found is None else found
+            self.lanes.put(lane)  # a GPU takes the next thread's while it computes this one's
+        return self.checked(gathered(launched))
 
     def checked(self, rows: Embeddings) -> Embeddings:
         """The same embeddings, if they are numbers."""
@@ -123,13 +145,14 @@ class Encoder:
 
     def ready(self) -> int:
         """Lays the weights out, anew where they have changed since, for as many threads as it says."""
-        n_workers = self.settings.workers or forward.n_workers(self.model.device.type)
+        n_workers = forward.n_workers(self.settings, self.devices)
         version = sum(weight._version for weight in self.model.parameters())
         if version != self.made_for:
             self.made_for, self.lanes = version, SimpleQueue()
-            way = forward.pick(self.model, self.settings, self.effort)
-            for _ in range(n_workers):
-                self.lanes.put(way)
+            lanes = forward.lanes(self.model, self.devices, n_workers, self.settings, self.max_tokens)
+            self.first_lane = lanes[0]
+            for lane in lanes:
+                self.lanes.put(lane)
         return n_workers
 
     def begin_thread(self) -> None:
@@ -160,9 +183,9 @@ def nothing(dim: int) -> Embedded:
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
-def load(settings: config.Encoder) -> Any:
+def load(settings: config.Encoder, device: str) -> Any:
     """The encoder as sentence-transformers modules, without the heads of a student."""
-    name, device = models.locate(settings.model, "encoder.model"), models.pick_device(settings.device)
+    name = models.locate(settings.model, "encoder.model")
     dtype = "float32" if settings.engine == "exact" else settings.dtype
     sentence_transformers = needs("sentence_transformers", "torch")
     damaged = needs("safetensors", "torch").SafetensorError

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline import config, corpus
 from pipeline.config import Recipe
-from pipeline.shards import Counts, Shard, find_shards
+from pipeline.shards import Counts, Shard, find_shards, with_documents
 
 N_ENDS = 10
 """Documents shown at either end of a score."""
@@ -55,7 +55,7 @@ def scored_corpus(recipe: Recipe) -> tuple[config.Corpus, list[Shard]]:
     """The run's scored corpus and its shards."""
     path = recipe.run_folder / "score" / "scored"
     scored = config.Corpus(path=str(path), text_column=recipe.corpus.text_column, id_column=recipe.corpus.id_column)
-    return scored, find_shards(scored)
+    return scored, [with_documents(shard) for shard in find_shards(scored)]
 
 
 def score_columns(schema: pa.Schema) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import choice, config, corpus, judged, scored, storage
+from pipeline import cascade, choice, config, corpus, judged, scored, storage
 from pipeline import rule as rules
 from pipeline.config import Recipe
 from pipeline.errors import UserError
@@ -54,7 +54,7 @@ class FilterResult(Result):
     """With filter.per_group: value, n_rows, n_kept, n_tokens_kept and cut of each, largest first."""
     quality: dict[str, Any] | None
     """Precision, recall and base rate of the kept set against the teacher, with 95% intervals, estimated for the
-    corpus from the audit or the ratings; None where there are none, by group, and with density."""
+    corpus from the audit or the ratings; None where there are none, by group, with density, and behind a cascade."""
     test_quality: dict[str, Any] | None
     """The same from the test part of the ratings, by which nothing is chosen."""
     examples_kept: list[dict[str, Any]]
@@ -80,6 +80,9 @@ def run(recipe: Recipe, redo: bool = False) -> FilterResult:
     check_one_cut(recipe.filter)
     check_apart(recipe)
     found, shards = scored.locate(recipe, "filter")
+    behind = scored.cascade_of(shards)
+    if behind:
+        cascade.check_filter(recipe.filter, behind["keep_share"])
     with stage("filter", recipe, inputs(recipe, shards)) as work:
         done = work.finished(FilterResult, redo, (work.folder / "kept").exists(), start=False)
         if done:
@@ -87,13 +90,15 @@ def run(recipe: Recipe, redo: bool = False) -> FilterResult:
         survey, floor = Survey(recipe.filter, found, recipe.seed), rules.floor_of(recipe.filter)
         with surveyed(survey, shards, floor, recipe.seed, work.folder / "keys") as paths:
             rule, tally = rules.choose(recipe, survey, floor, tuple(paths)), Tally(max(1, len(survey.n_scored)))
+            if behind:
+                rules.check_behind(recipe.filter, survey, rule, behind)
             work.start()
             for side in ("kept", "dropped"):
                 storage.sweep(work.folder / side, keep=set())
             with progress("filter", corpus.n_rows(shards)) as step:
                 for number, shard in enumerate(shards):
                     step(write_shard(shard, number, survey, recipe, rule, work.folder, tally))
-        return work.finish(summarise(recipe, survey, rule, tally, work.seconds))
+        return work.finish(summarise(recipe, survey, rule, tally, bool(behind), work.seconds))
 
 
 def check_one_cut(settings: config.Filter) -> None:
@@ -178,6 +183,7 @@ def reasons_to_drop(batch: pa.RecordBatch, rule: Rule, is_chosen: NDArray[np.boo
         reasons[~reaches(batch, rule.floor)] = f"{rule.floor.column}_below_cut"
     reasons[np.isnan(scored.scores(batch))] = "score_is_nan"
     reasons[batch.column("score").is_null().to_numpy(zero_copy_only=False)] = "no_text"
+    reasons[np.isnan(scored.scores(batch)) & scored.is_ruled_out(batch)] = "ruled_out_by_cascade"
     return list(reasons)
 
 
@@ -225,7 +231,7 @@ def remember(
 # -- what was done ----------------------------------------------------------------------------------------------------
 
 
-def summarise(recipe: Recipe, survey: Survey, rule: Rule, tally: Tally, seconds: float) -> FilterResult:
+def summarise(recipe: Recipe, survey: Survey, rule: Rule, tally: Tally, behind: bool, seconds: float) -> FilterResult:
     """Counts over all shards; every row must be kept or dropped."""
     n_rows, fates = tally.counts.n_rows, Counter(tally.fates)
     n_kept = fates.pop("kept", 0)
@@ -235,7 +241,7 @@ def summarise(recipe: Recipe, survey: Survey, rule: Rule, tally: Tally, seconds:
     cut = cut_of(rule, tally, recipe.filter)
     if not n_kept:
         log.warning("filter: nothing reaches %g, so nothing is kept", rule.floor.cut if rule.floor else math.inf)
-    kept = rules.chance(recipe.filter, survey, rule, float(tally.lowest[0]))
+    kept = None if behind else rules.chance(recipe.filter, survey, rule, float(tally.lowest[0]))
     lie = survey.scores.lie()
     return FilterResult(
         seconds=seconds,

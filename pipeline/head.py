@@ -43,10 +43,24 @@ class Head:
             values = layer(values)
         return values.astype(np.float32)
 
-    def predict(self, embedded: Embedded, aggregate: Aggregate = "mean") -> Columns:
-        """The columns of this head, named as in `schema`, a row for each text."""
-        outputs = of_texts(self.outputs(embedded.vectors), embedded, aggregate)
+    def outputs_of_texts(self, embedded: Embedded, aggregate: Aggregate = "mean") -> Outputs:
+        """Scores or log-odds (n_texts, n_outputs), which are the same beside any other texts."""
+        # Window by window: the last bits of a product depend on how many rows it has.
+        by_window = [self.outputs(vector) for vector in embedded.vectors[:, None]]
+        return of_texts(np.concatenate([np.empty((0, self.n_outputs), np.float32), *by_window]), embedded, aggregate)
+
+    def columns(self, outputs: Outputs) -> Columns:
+        """The columns of this head, named as in `schema`, of outputs (n_texts, n_outputs)."""
         return dict(zip(self.schema.names, PREDICT[self.kind](self, outputs), strict=True))
+
+    def predict(self, embedded: Embedded, aggregate: Aggregate = "mean") -> Columns:
+        """The columns of this head, a row for each text."""
+        return self.columns(self.outputs_of_texts(embedded, aggregate))
+
+    @property
+    def n_outputs(self) -> int:
+        """One for a score, else one for each label."""
+        return len(self.layers[-1].bias)
 
     @property
     def schema(self) -> pa.Schema:

@@ -51,7 +51,7 @@ class Survey:
         self.scores = Scores()
         self.groups = Groups(settings.per_group, "filter.per_group")
         self.n_scored = np.zeros(0, np.int64)
-        """Scored documents by group."""
+        """Scored documents by group, and those that a cascade ruled out."""
         self.lowest = math.inf
         """Lowest score of a document that filter.min_int_score keeps."""
         self.noise = None if settings.sampling == "top" else Noise(seed)
@@ -59,6 +59,7 @@ class Survey:
     def columns(self, shard: Shard) -> list[str]:
         """Columns that are read."""
         settings, names = self.settings, ["score"]
+        names += [scored.REASON] if scored.REASON in corpus.read_schema(shard, self.found).names else []
         names += ["int_score"] if settings.min_int_score is not None else []
         names += value_columns(shard, self.found, settings)
         names += [settings.tokens_column or self.found.text_column] if settings.keep_tokens else []
@@ -71,7 +72,7 @@ class Survey:
         there = ~np.isnan(scores)
         able = there & reaches(batch, floor)
         self.scores.add(scores[there])
-        self.count(code[there])
+        self.count(code[there | scored.is_ruled_out(batch)])
         if self.settings.min_int_score is not None:
             self.lowest = min(self.lowest, float(np.min(scores[able], initial=math.inf)))
         return np.where(able, code, -1)

@@ -73,6 +73,12 @@ def pick_device(device: str | None) -> str:
     return device
 
 
+def each(device: str) -> list[str]:
+    """The devices that a name stands for: cuda is all GPUs."""
+    n_cuda = needs("torch", "torch").cuda.device_count() if device == "cuda" else 0
+    return [f"cuda:{i}" for i in range(n_cuda)] or [device]
+
+
 def pick_dtype(dtype: str, device: str) -> Any:
     """A torch dtype; auto is bfloat16 where the hardware multiplies it, float32 elsewhere."""
     torch = needs("torch", "torch")

@@ -1,14 +1,14 @@
 """Encoders of BERT's shape over packs: texts one after the other, so that no token of padding is computed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline import attention
+from pipeline import attention, models
 from pipeline.attention import Attention
 from pipeline.errors import needs
-from pipeline.windows import Ids
+from pipeline.tokens import Ids
 
 FAMILIES = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
 """Model types of one shape: learned positions, attention over all, normalisation after each block."""
@@ -30,21 +30,26 @@ class Pack(NamedTuple):
     positions: Any
     """(n_tokens,) int64, each text's from 0"""
     starts: Any
-    """(n_texts + 1,) int32, where each begins, and the end"""
+    """(n_texts + 1,) int32, where each begins, and the end; slots after it belong to no text"""
     longest: int
     """Tokens of the longest text."""
 
 
-def pack_of(rows: Sequence[Ids], device: Any = "cpu") -> Pack:
+def pack_of(rows: Sequence[Ids]) -> Pack:
     """A pack of the token ids of some texts."""
     torch = needs("torch", "torch")
     lengths = np.array([len(row) for row in rows])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
     ids = np.concatenate(rows).astype(np.int64)
-    arrays = (ids, positions, starts.astype(np.int32))
-    on_device = [torch.from_numpy(array).to(device) for array in arrays]
-    return Pack(on_device[0], on_device[1], on_device[2], int(lengths.max()))
+    tensors = [torch.from_numpy(array) for array in (ids, positions, starts.astype(np.int32))]
+    return Pack(tensors[0], tensors[1], tensors[2], int(lengths.max()))
+
+
+def filled(pack: Pack, n_slots: int) -> Pack:
+    """The pack with slots after its last text, so that all packs have one shape; what becomes of them is not read."""
+    pad, more = needs("torch", "torch").nn.functional.pad, (0, n_slots - len(pack.ids))
+    return pack._replace(ids=pad(pack.ids, more), positions=pad(pack.positions, more))
 
 
 def packs(lengths: Sequence[int], pack_tokens: int) -> Iterator[list[int]]:
@@ -82,24 +87,26 @@ class Packed:
         self.torch = needs("torch", "torch")
         config, weight = model.config, model.embeddings.word_embeddings.weight
         heads, dims = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-        self.embeddings = model.embeddings
+        self.embeddings, self.hidden = model.embeddings, config.hidden_size
         self.first_position = first_position(model.embeddings)
         self.layers = [layer_of(layer) for layer in model.encoder.layer]
         self.activation = ACTIVATIONS[config.hidden_act]
         self.attend: Attention = attention.pick(heads, dims, weight.dtype, weight.device.type)
         self.pooling = pooling
+        self.feed_slots: Callable[[Layer, Any, Any], Any] = self.feed
+        """`feed` for all slots of a pack; may be compiled."""
 
     def __call__(self, pack: Pack) -> Any:
         """Embeddings (n_texts, hidden) float32."""
         x = self.embed(pack)
         for layer in self.layers[:-1]:
-            x = self.feed(layer, self.attended(layer, x, pack), x)
+            x = self.feed_slots(layer, self.attended(layer, x, pack), x)
         last, attended = self.layers[-1], self.attended(self.layers[-1], x, pack)
         if self.pooling == "cls":  # no other token of the last layer is looked at
             first = pack.starts[:-1].long()
             return self.feed(last, attended[first], x[first]).float()
-        lengths = pack.starts.diff().long()
-        return self.torch.segment_reduce(self.feed(last, attended, x).float(), "mean", lengths=lengths)
+        states, lengths = self.feed_slots(last, attended, x).float(), pack.starts.diff().long()
+        return self.torch.segment_reduce(states, "mean", lengths=lengths, unsafe=True)  # safe would wait for the GPU
 
     def embed(self, pack: Pack) -> Any:
         """Embeddings of the tokens before the first layer (n_tokens, hidden)."""
@@ -197,10 +204,17 @@ def why_not(model: Any) -> str | None:
     if pooling_of(model) is None:
         return "its pooling is neither cls nor mean"
     if weight.device.type == "cuda":
-        fits = weight.dtype is not torch.float32 and attention.has_varlen()
-        return None if fits else "on CUDA packs need half precision and torch 2.10 or later"
+        fits = weight.dtype is not torch.float32 and attention.has_varlen() and flash_runs(weight.device, config)
+        return None if fits else "on CUDA packs need half precision, torch 2.10 or later, and an Ampere GPU or later"
     fits = weight.device.type == "cpu" and weight.dtype is not torch.float16
     return None if fits else f"not written for {weight.device.type} in {weight.dtype}"
+
+
+def flash_runs(device: Any, config: Any) -> bool:
+    """Whether a GPU and heads are such that FlashAttention 2, which torch's packed attention is, takes them."""
+    built = needs("torch", "torch").backends.cuda.is_flash_attention_available()
+    dims = config.hidden_size // config.num_attention_heads
+    return built and models.multiplies_bfloat16(str(device)) and dims % 8 == 0 and dims <= 256
 
 
 def pooling_of(model: Any) -> str | None:

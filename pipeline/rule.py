@@ -4,12 +4,12 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import choice, config, judged, metrics
+from pipeline import cascade, choice, config, judged, metrics
 from pipeline.config import Recipe
 from pipeline.errors import UserError
 from pipeline.keys import Floor, Survey, gives_amount
@@ -73,6 +73,19 @@ def check_something(settings: config.Filter, survey: Survey, read: Read, cuts: N
     share, n_scored = settings.keep_share, int(survey.n_scored.max())
     whose = f" in the largest {settings.per_group}" if settings.per_group else ""
     raise UserError(f"filter.keep_share: {share:g} of {n_scored} scored documents{whose} is none; raise it")
+
+
+def check_behind(settings: config.Filter, survey: Survey, rule: Rule, behind: dict[str, Any]) -> None:
+    """Refuse to keep documents of which a cascade has ruled many out, by what it says it looked for."""
+    share = settings.keep_share
+    if settings.keep_documents is not None:
+        share = settings.keep_documents / max(int(survey.n_scored.sum()), 1)
+    floor = rule.floor.cut if rule.floor else -math.inf
+    if settings.min_int_score is not None:
+        floor = survey.lowest
+    cut = 0 if rule.cuts is None else int(rule.cuts[0])
+    lowest = metrics.unsortable(cut) if 0 < cut < choice.NONE_KEPT else -math.inf
+    cascade.check_lowest(max(floor, lowest), share, behind)
 
 
 def precise_cut(recipe: Recipe, survey: Survey, wanted: float) -> float:

@@ -1,42 +1,40 @@
 """Stage 3: the student scores every document."""
 
 import json
-import logging
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from itertools import chain
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline import corpus, metrics, storage
+from pipeline import cascade_sample, corpus, scored_shard, scoring, seen, storage
 from pipeline import student as students
+from pipeline.cascade_sample import Cascade
 from pipeline.config import Recipe, digest
-from pipeline.encoder import Embedded
 from pipeline.errors import UserError
 from pipeline.formats import check_column
+from pipeline.pictures import short
+from pipeline.scored_shard import tally_of
+from pipeline.scoring import Named, Scoring
 from pipeline.shards import Counts, Shard, find_shards, fingerprint
-from pipeline.student import Columns, Student
-from pipeline.tracking import Result, Step, progress, stage, upstream
+from pipeline.stream import ID, Begin, Job, refuse_existing, results
+from pipeline.tracking import Result, progress, stage
+from pipeline.workers import Effort
 
-log = logging.getLogger("gristmill")
-
-DTYPES = {pa.float32(): "float32", pa.int8(): "int8", pa.string(): "string"}
-"""Names of types in the notes that Hugging Face `datasets` keeps in a file."""
-FINGERPRINT = b"gristmill.made_from"
-TALLY = b"gristmill.tally"
+ACTIVITIES = ("reading", "tokenising", "ruling out", "computing", "writing")
 
 
 class ScoreResult(Result):
-    """What stage 3 did. Every row of the corpus is scored, empty (null score), or a bad row that was left out."""
+    """What stage 3 did. Every row of the corpus is scored, empty (null score), ruled out by a cascade (null score), or
+    a bad row that was left out."""
 
     n_rows: int
     n_scored: int
     n_empty: int
+    n_ruled_out: int
     n_bad_rows: int
     n_repaired_texts: int
     n_truncated: int
@@ -51,41 +49,75 @@ class ScoreResult(Result):
     """Documents by score rounded half up, beside int_score_counts at the student's own cuts."""
     label_counts: dict[str, dict[str, int]]
     """Documents by label, for each target that is labels; commonest first."""
+    n_duplicates: int
+    """Documents, of those scored this time, whose text had been there before and was not computed again."""
     docs_per_s: float | None
+    """Documents a second, of those scored this time, without loading the model."""
+    tokens_per_s: float | None
+    n_tokens: int
+    """Tokens that the encoder read this time."""
+    padding_share: float | None
+    """Padding among the tokens that were computed."""
+    time_shares: dict[str, float]
+    """Of the seconds that all threads were at work: reading, tokenising, computing, writing; ruling out."""
+    n_memory_halvings: int
+    """Times that the tokens computed at once were halved to fit into memory."""
+    cascade: dict[str, Any] | None
+    """With score.cascade_keep_share, what the first student was found to do on the sample: keep_share, cut (the score
+    from which on documents are among those best), recall (at least, with 95% confidence), n_learned, n_calibrated, and
+    of the latter n_above the cut, n_missed of these, passing_share; and speed_up, expected from what these cost."""
 
 
 def run(recipe: Recipe, redo: bool = False) -> ScoreResult:
-    """Score shard by shard; a shard that is there with the right fingerprint is not done again."""
-    student = students.load(upstream(recipe.score.student, recipe, "train/student", "score"), recipe.encoder)
+    """Score all shards; one that is there with the right fingerprint is not done again."""
+    named = scoring.load(recipe)
+    cascade_sample.check(recipe, named)
     found = find_shards(recipe.corpus)
-    made_from = inputs(recipe, student, found)
+    made_from = inputs(recipe, named, found)
     with stage("score", recipe, made_from) as work:
-        prints = {shard: digest([made_from["settings"], made_from["shards"][shard.name]]) for shard in found}
+        cascade = cascade_sample.kept(work.folder, made_from)
+        prints = fingerprints(found, made_from, cascade)
         tallies = {shard: tally_of(work.folder, shard, prints[shard], recipe) for shard in found}
         done = work.finished(ScoreResult, redo, None not in tallies.values())
         if done:
             return done
-        check_columns(found, recipe, student.schema.names)
+        check_columns(found, recipe, scoring.added(recipe, named).names)
         sweep(work.folder, found, recipe)
-        todo = [shard for shard in found if tallies[shard] is None]
-        with progress("score", corpus.n_rows(todo)) as step:
-            for shard in todo:
-                tallies[shard] = score_shard(shard, recipe, student, work.folder, prints[shard], step)
+        todo = [shard for shard, tally in tallies.items() if tally is None]
+        speed = speed_of(Effort(), 0)
+        if todo:
+            scored, speed, cascade = score_shards(todo, recipe, named, work.folder, made_from, cascade)
+            tallies |= scored
         counted = [tally for tally in tallies.values() if tally is not None]
-        return work.finish(summarise(counted, len(found) - len(todo), made_from, work.seconds))
+        speed["cascade"] = cascade.about if cascade else None
+        return work.finish(summarise(counted, len(found) - len(todo), made_from, speed, work.seconds))
 
 
-def inputs(recipe: Recipe, student: Student, found: list[Shard]) -> dict[str, Any]:
+def inputs(recipe: Recipe, named: Named, found: list[Shard]) -> dict[str, Any]:
     """Everything that decides the scores."""
+    first, *more = named.items()
     return {
         "settings": {
-            "student": student.fingerprint,
-            "weights": student.weights,
+            "student": first[1].fingerprint,
+            "weights": first[1].weights,
+            "more_students": {ending[1:]: digest([each.fingerprint, each.weights]) for ending, each in more},
             "corpus": recipe.corpus.identity(),
             "score": recipe.score.identity(),
+            **({"seed": recipe.seed} if is_cascade(recipe) else {}),
         },
         "shards": {shard.name: fingerprint(shard) for shard in found},
     }
+
+
+def is_cascade(recipe: Recipe) -> bool:
+    """Whether a first student rules documents out."""
+    return recipe.score.cascade_keep_share is not None
+
+
+def fingerprints(found: list[Shard], made_from: dict[str, Any], cascade: Cascade | None) -> dict[Shard, str]:
+    """Of each shard with all that decides its scores."""
+    how = [made_from["settings"], *([cascade.first.digest] if cascade else [])]
+    return {shard: digest([*how, made_from["shards"][shard.name]]) for shard in found}
 
 
 def sweep(folder: Path, found: list[Shard], recipe: Recipe) -> None:
@@ -93,120 +125,69 @@ def sweep(folder: Path, found: list[Shard], recipe: Recipe) -> None:
     names = {shard.name for shard in found}
     storage.sweep(folder / "scored", keep=names)
     storage.sweep(folder / "embeddings", keep=names if recipe.score.keep_embeddings else set())
+    if not is_cascade(recipe):
+        (folder / cascade_sample.FILE).unlink(missing_ok=True)
 
 
-def score_shard(
-    shard: Shard, recipe: Recipe, student: Student, folder: Path, fingerprint: str, step: Step
-) -> Counter[str]:
-    """Read, score and write one shard, some rows at a time; returns its counts."""
-    source = corpus.read_schema(shard, recipe.corpus)
-    refuse_existing(source, shard, recipe, student.schema.names)
-    schema = scored_schema(source, student.schema)
-    tally: Counter[str] = Counter()
-    made_from = {FINGERPRINT: fingerprint.encode()}
-    # The embeddings are there before the scores, so that scores never stand without them.
-    with (
-        storage.shard_writer(folder / "scored" / shard.name, schema) as scored,
-        embeddings_writer(folder / "embeddings" / shard.name, recipe, student) as kept,
-    ):
-        for batch, texts in documents(shard, recipe, without(schema, student.schema.names), tally):
-            places, embedded = embed(texts, student, step)
-            found = student.predict_embedded(embedded)
-            tally.update(n_scored=len(texts) - places.null_count, n_empty=places.null_count)
-            tally.update(n_truncated=embedded.n_truncated, n_windows=len(embedded.owners))
-            tally.update(occurrences(student, found))
-            scored.write_batch(with_columns(batch, found, places, student, schema))
-            if kept is not None:
-                kept.write_batch(half_precision(embedded, places, kept.schema))
-        scored.add_key_value_metadata({**made_from, TALLY: json.dumps(tally).encode()})
-        if kept is not None:
-            kept.add_key_value_metadata(made_from)
-    return tally
+def score_shards(
+    todo: list[Shard],
+    recipe: Recipe,
+    named: Named,
+    folder: Path,
+    made_from: dict[str, Any],
+    cascade: Cascade | None,
+) -> tuple[dict[Shard, Counter[str]], dict[str, Any], Cascade | None]:
+    """Read, score and write shards in one stream; their counts, how fast it went, and the cascade, which is made first
+    where it is asked for and not there."""
+    work = Scoring(named, recipe.score.keep_embeddings)
+    begin = time.perf_counter()
+    with seen.opened(folder / "seen.sqlite", work.kind) as known:
+        if is_cascade(recipe):
+            cascade = cascade or cascade_sample.make(recipe, work, known, folder, made_from)
+            work.first = cascade.first
+        prints = fingerprints(todo, made_from, cascade)
+        with progress("score", corpus.n_rows(prints), lambda seconds: pace(work.effort, seconds)) as step:
+            about = cascade.about if cascade else None
+            job = Job(recipe, work, scoring.added(recipe, named), known, folder, prints, step, about)
+            tallies = write_all(job)
+    return tallies, speed_of(work.effort, time.perf_counter() - begin), cascade
 
 
-def documents(
-    shard: Shard, recipe: Recipe, schema: pa.Schema, tally: Counter[str]
-) -> Iterator[tuple[pa.RecordBatch, list[str | None]]]:
-    """The rows of a shard and their texts; its counts go to the tally at its end."""
-    counts = Counts()
-    for batch in corpus.read(shard, recipe.corpus, counts, schema=schema):
-        yield batch, corpus.texts(batch, recipe.corpus, shard, counts)
-    tally.update(n_rows=counts.n_rows, n_bad_rows=counts.n_bad_rows, n_repaired_texts=counts.n_repaired_texts)
+def write_all(job: Job) -> dict[Shard, Counter[str]]:
+    """Score and write the job's shards; their counts."""
+    with closing(results(job)) as stream:
+        begun = (item for item, _ in stream if isinstance(item, Begin))
+        return {item.shard: scored_shard.write(item, stream, job) for item in begun}
 
 
-def embed(texts: list[str | None], student: Student, step: Step) -> tuple[pa.Array, Embedded]:
-    """Of each row its place among the embedded texts, null for an empty one; and these texts embedded."""
-    full = [i for i, text in enumerate(texts) if not corpus.is_empty(text)]
-    embedded = student.encoder.embed([texts[i] or "" for i in full], step)
-    step(len(texts) - len(full))
-    place = dict(zip(full, range(len(full)), strict=True))
-    return pa.array([place.get(i) for i in range(len(texts))], pa.int64()), embedded
+# -- the result -------------------------------------------------------------------------------------------------------
 
 
-def with_columns(
-    batch: pa.RecordBatch, found: Columns, places: pa.Array, student: Student, schema: pa.Schema
-) -> pa.RecordBatch:
-    """The batch with the student's columns; empty texts get null."""
-    added = [pa.array(found[field.name], field.type).take(places) for field in student.schema]
-    kept = [batch.column(name) for name in batch.schema.names if name not in found]
-    return pa.RecordBatch.from_arrays([*kept, *added], schema=schema)
-
-
-def embeddings_writer(path: Path, recipe: Recipe, student: Student) -> Any:
-    """A writer of the documents' embeddings (dim,) float16; of nothing where they are not kept."""
-    if not recipe.score.keep_embeddings:
-        return nullcontext()
-    return storage.shard_writer(path, pa.schema([("embedding", pa.list_(pa.float16(), student.encoder.dim))]))
-
-
-def half_precision(embedded: Embedded, places: pa.Array, schema: pa.Schema) -> pa.RecordBatch:
-    """The mean embedding of each row's document; empty texts get null."""
-    kind = schema.field("embedding").type
-    limit = np.finfo(np.float16).max
-    values = np.clip(embedded.documents(), -limit, limit).astype(np.float16)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), kind.list_size).take(places)
-    return pa.RecordBatch.from_arrays([column.cast(kind)], schema=schema)
-
-
-def occurrences(student: Student, found: Columns) -> Iterator[str]:
-    """A key of the tally for every whole score and label that was given, and for every score rounded half up: a JSON
-    list of kind, column and value."""
-    for head in student.heads:
-        if head.kind == "score":
-            assert head.scale is not None
-            half_up = metrics.int_scores(found[head.name], head.scale)
-            yield from keys("half_up", head.name, half_up.tolist())
-        values = found[f"int_{head.name}" if head.kind == "score" else head.name]
-        given = chain.from_iterable(values) if head.kind == "labels" else np.asarray(values).tolist()
-        yield from keys(head.kind, head.name, given)
-
-
-def keys(kind: str, name: str, values: Iterable[Any]) -> Iterator[str]:
-    """Keys of the tally."""
-    return (json.dumps([kind, name, value], ensure_ascii=False) for value in values)
-
-
-def summarise(tallies: list[Counter[str]], n_reused: int, made_from: dict[str, Any], seconds: float) -> ScoreResult:
+def summarise(
+    tallies: list[Counter[str]], n_reused: int, made_from: dict[str, Any], speed: dict[str, Any], seconds: float
+) -> ScoreResult:
     """Counts over all shards; every row must be somewhere."""
     total = sum(tallies, Counter())
-    rows_out = total["n_scored"] + total["n_empty"] + total["n_bad_rows"]
+    rows_out = total["n_scored"] + total["n_empty"] + total["n_ruled_out"] + total["n_bad_rows"]
     assert total["n_rows"] == rows_out, f"{total['n_rows']} rows in, {rows_out} accounted for"
     if total["n_rows"] == 0:
         raise UserError(f"corpus.path: {made_from['settings']['corpus']['path']} has no rows")
     given = [(*json.loads(key), count) for key, count in total.most_common() if key.startswith("[")]
     return ScoreResult(
         seconds=seconds,
-        **{
-            name: total[name]
-            for name in ("n_rows", "n_scored", "n_empty", "n_bad_rows", "n_repaired_texts", "n_truncated", "n_windows")
-        },
         n_shards=len(tallies),
         n_shards_reused=n_reused,
         int_score_counts=score_counts(given, "score"),
         half_up_counts=score_counts(given, "half_up"),
         label_counts=label_counts(given),
-        docs_per_s=total["n_rows"] / seconds if not n_reused else None,
+        **(speed | {name: total[name] for name in COUNTED}),
     )
+
+
+COUNTED = (
+    *("n_rows", "n_scored", "n_empty", "n_ruled_out", "n_bad_rows"),
+    *("n_repaired_texts", "n_truncated", "n_windows"),
+)
 
 
 def score_counts(given: list[tuple[str, str, Any, int]], kind: str) -> dict[str, int]:
@@ -224,21 +205,30 @@ def label_counts(given: list[tuple[str, str, Any, int]]) -> dict[str, dict[str, 
     return counts
 
 
-def tally_of(folder: Path, shard: Shard, fingerprint: str, recipe: Recipe) -> Counter[str] | None:
-    """The counts of a shard already scored from the same inputs; None if it has to be (re)done."""
-    scored = notes_of(folder / "scored" / shard.name)
-    kept = notes_of(folder / "embeddings" / shard.name) if recipe.score.keep_embeddings else scored
-    if any(notes.get(FINGERPRINT) != fingerprint.encode() for notes in (scored, kept)):
-        return None
-    return Counter(json.loads(scored[TALLY]))
+def speed_of(effort: Effort, seconds: float) -> dict[str, Any]:
+    """What the result says of the work of so many seconds."""
+    done, spent = effort.counts, sum(effort.seconds.values())
+    return {
+        "n_duplicates": done["duplicates"],
+        "docs_per_s": done["documents"] / seconds if done["documents"] else None,
+        "tokens_per_s": done["tokens"] / seconds if done["tokens"] else None,
+        "n_tokens": done["tokens"],
+        "padding_share": padding_share(effort),
+        "time_shares": {name: effort.seconds[name] / spent for name in ACTIVITIES if effort.seconds[name]},
+        "n_memory_halvings": done["halvings"],
+    }
 
 
-def notes_of(path: Path) -> dict[bytes, bytes]:
-    """What a shard of ours says of itself; nothing if it cannot be read."""
-    try:
-        return pq.read_metadata(path).metadata or {}
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError):
-        return {}
+def padding_share(effort: Effort) -> float | None:
+    """Padding among what was computed so far."""
+    slots = effort.counts["slots"]
+    return 1 - effort.counts["tokens"] / slots if slots else None
+
+
+def pace(effort: Effort, seconds: float) -> str:
+    """How fast the encoder reads, in words."""
+    share = padding_share(effort)
+    return f"{short(effort.counts['tokens'] / seconds)} tokens/s, padding {share or 0:.0%}"
 
 
 # -- schema -----------------------------------------------------------------------------------------------------------
@@ -248,6 +238,10 @@ def check_columns(found: list[Shard], recipe: Recipe, names: Sequence[str] | Non
     """Refuse, before anything is scored, shards without text or with columns of these names (those of the targets,
     before there is a student), as far as their heads tell; of JSON lines the first shard's beginning is looked at."""
     names = expected(recipe) if names is None else names
+    if recipe.score.sidecar and ID in names:
+        raise UserError(
+            f"score.sidecar: the student gives a column {ID!r}, which here names the documents; leave it out"
+        )
     for shard in found:
         if shard.format == "jsonl":
             first = next(corpus.read(shard, recipe.corpus, Counts()), None)
@@ -259,37 +253,7 @@ def check_columns(found: list[Shard], recipe: Recipe, names: Sequence[str] | Non
 
 
 def expected(recipe: Recipe) -> list[str]:
-    """Columns that a student of the recipe's targets surely gives."""
+    """Columns that a student of the recipe's targets surely gives, and those of the students beside it."""
     targets = recipe.train.targets
-    return [*targets, *students.schema_of("score", "score").names[1:]] if "score" in targets else list(targets)
-
-
-def refuse_existing(schema: pa.Schema, shard: Shard, recipe: Recipe, names: Sequence[str]) -> None:
-    """What is already there under one of our names is never silently doubled or lost."""
-    taken = [name for name in names if name in schema.names]
-    if taken and not recipe.score.replace_existing:
-        raise UserError(f"{shard.source} already has a column {taken[0]!r}; set score.replace_existing, or rename it")
-
-
-def scored_schema(schema: pa.Schema, added: pa.Schema) -> pa.Schema:
-    """The schema with the student's columns at its end; Hugging Face's own notes on the columns stay true."""
-    metadata = dict(schema.metadata or {})
-    if b"huggingface" in metadata:
-        notes = json.loads(metadata[b"huggingface"])
-        features = notes.get("info", {}).get("features")
-        if features is not None:
-            features |= {field.name: feature(field.type) for field in added}
-        metadata[b"huggingface"] = json.dumps(notes).encode()
-    return pa.schema([*without(schema, added.names), *added], metadata)
-
-
-def feature(kind: pa.DataType) -> dict[str, Any]:
-    """A column type as Hugging Face `datasets` notes it."""
-    if pa.types.is_list(kind):
-        return {"feature": feature(kind.value_type), "_type": "List"}
-    return {"dtype": DTYPES[kind], "_type": "Value"}
-
-
-def without(schema: pa.Schema, names: Sequence[str]) -> pa.Schema:
-    """The schema without some columns."""
-    return pa.schema([field for field in schema if field.name not in names], schema.metadata)
+    whole = students.schema_of("score", "score").names[1:] if "score" in targets else []
+    return [*targets, *whole, *scoring.added(recipe, scoring.load_more(recipe)).names]

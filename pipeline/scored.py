@@ -1,11 +1,14 @@
 """A scored corpus, and what choosing needs to know of its rows: scores, tokens, ids, values of columns."""
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import config, corpus, sample
@@ -13,8 +16,16 @@ from pipeline.config import Recipe
 from pipeline.engines.completions import BYTES_PER_TOKEN
 from pipeline.errors import UserError
 from pipeline.formats import check_column, dotted, schema_tree
-from pipeline.shards import Counts, Shard, find_shards
+from pipeline.shards import Counts, Shard, find_shards, with_documents
 from pipeline.tracking import read_json, upstream
+
+log = logging.getLogger("gristmill")
+
+REASON = "score_reason"
+"""Column that says why a score is missing, where a cascade ruled documents out: cascade, or no_text."""
+RULED_OUT = "cascade"
+CASCADE = b"gristmill.cascade"
+"""Key of the note in a scored shard that says what the cascade looked for."""
 
 
 def locate(recipe: Recipe, stage: str) -> tuple[config.Corpus, list[Shard]]:
@@ -26,7 +37,16 @@ def locate(recipe: Recipe, stage: str) -> tuple[config.Corpus, list[Shard]]:
     for shard in shards:
         for name in ("score", "int_score"):
             check_column(corpus.read_schema(shard, found), name, shard)
-    return found, shards
+    if stage != "filter" and cascade_of(shards):
+        log.warning("%s: a cascade ruled documents out; all figures are of those that it let pass", stage)
+    return found, [with_documents(shard) for shard in shards]
+
+
+def cascade_of(shards: list[Shard]) -> dict[str, Any] | None:
+    """What the cascade looked for that documents were scored behind, if there was one."""
+    parquet = (shard.source for shard in shards if shard.format in ("parquet", "sidecar"))
+    notes = (pq.read_metadata(source).metadata or {} for source in parquet)
+    return next((json.loads(note[CASCADE]) for note in notes if CASCADE in note), None)
 
 
 def check_complete(recipe: Recipe, found: list[Shard], stage: str) -> None:
@@ -57,6 +77,14 @@ def scores(batch: pa.RecordBatch, name: str = "score") -> NDArray[np.float32]:
     """Scores (n,), NaN where there is none."""
     column = batch.column(name).cast(pa.float32())
     return np.asarray(column.to_numpy(zero_copy_only=False), np.float32)
+
+
+def is_ruled_out(batch: pa.RecordBatch) -> NDArray[np.bool_]:
+    """Whether a cascade ruled each row's document out, so that it has no score: (n,)."""
+    if REASON not in batch.schema.names:
+        return np.zeros(batch.num_rows, bool)
+    column = pc.fill_null(pc.equal(batch.column(REASON).cast(pa.string()), RULED_OUT), False)
+    return np.asarray(column.to_numpy(zero_copy_only=False), bool)
 
 
 def has_tokens(batch: pa.RecordBatch, column: str | None, found: config.Corpus) -> bool:

@@ -14,6 +14,7 @@ from typing import IO, Any, NamedTuple
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.config import Corpus
 from pipeline.errors import UserError, needs
@@ -29,6 +30,8 @@ NOTES = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 REMOTE = {"aiohttp", "azure", "botocore", "datasets", "gcsfs", "google", "httpx", "huggingface_hub", "requests"}
 """Packages whose exceptions say that something out there did not answer."""
+BESIDE = b"gristmill.beside"
+"""Key of the note in a parquet file of scores alone that says which documents are scored."""
 
 
 class Shard(NamedTuple):
@@ -38,6 +41,14 @@ class Shard(NamedTuple):
     source: str
     format: str
     part: int = 0
+
+
+class Beside(NamedTuple):
+    """The documents that a shard of scores alone lies beside, and their fingerprint when they were scored."""
+
+    corpus: Corpus
+    shard: Shard
+    made_from: str
 
 
 @dataclass
@@ -174,6 +185,44 @@ def fingerprint(shard: Shard) -> str:
             file.seek(start)
             ends.append(file.read(65536))
     return hashlib.sha256(str(size).encode() + b"".join(ends)).hexdigest()[:16]
+
+
+# -- scores beside documents ------------------------------------------------------------------------------------------
+
+
+def beside(shard: Shard) -> Beside | None:
+    """Where the documents of a shard of scores alone are; None for a shard that holds its documents."""
+    if shard.format not in ("parquet", "sidecar"):
+        return None
+    with reading(shard), opened(shard) as file:
+        note = (pq.read_metadata(file).metadata or {}).get(BESIDE)
+    if note is None:
+        return None
+    said = json.loads(note)
+    return Beside(Corpus.model_validate(said["corpus"]), Shard(**said["shard"]), said["made_from"])
+
+
+def with_documents(shard: Shard) -> Shard:
+    """The shard; one of scores alone as a sidecar, which is read with its documents, if these are still the same."""
+    of = beside(shard)
+    if of is None:
+        return shard
+    gone = not is_there(of.shard)
+    if gone or fingerprint(of.shard) != of.made_from:
+        what = "are not there any more" if gone else "have changed since they were scored"
+        raise UserError(
+            f"{shard.source} holds scores alone, and their documents, {of.shard.source}, {what}; put them back, or run"
+            " gristmill score --redo"
+        )
+    return shard._replace(format="sidecar")
+
+
+def is_there(shard: Shard) -> bool:
+    """Whether the file of a shard exists."""
+    if shard.format == "hub":
+        return True
+    fs, path = filesystem(shard.source)
+    return bool(fs.exists(path))
 
 
 # -- the Hub ----------------------------------------------------------------------------------------------------------

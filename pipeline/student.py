@@ -24,7 +24,7 @@ from pipeline import config, loaders
 from pipeline.encoder import Embedded, Encoder
 from pipeline.errors import UserError, needs
 from pipeline.head import Columns, Head, schema_of
-from pipeline.layers import Layer, activations, side_by_side
+from pipeline.layers import Layer, Outputs, activations, side_by_side
 from pipeline.storage import sync, write_text, writing
 
 __all__ = ["Columns", "Head", "Layer", "Student", "load", "schema_of"]
@@ -102,12 +102,23 @@ class Student:
         """Every head's columns: a score with its int_score, a label or a list of labels with probabilities."""
         if isinstance(texts, str):
             raise TypeError("give a list of texts, not one string")
-        return self.predict_embedded(self.encoder.embed(texts))
+        return self.columns(self.outputs(self.encoder.embed(texts)))
 
-    def predict_embedded(self, embedded: Embedded) -> Columns:
-        """Every head's columns for texts that are embedded already."""
-        found = [head.predict(embedded, self.encoder_settings.aggregate) for head in self.heads]
+    def outputs(self, embedded: Embedded) -> Outputs:
+        """All heads' outputs side by side (n_texts, n_outputs), of texts that are embedded already."""
+        aggregate = self.encoder_settings.aggregate
+        return np.concatenate([head.outputs_of_texts(embedded, aggregate) for head in self.heads], axis=1)
+
+    def columns(self, outputs: Outputs) -> Columns:
+        """Every head's columns, of all heads' outputs (n_texts, n_outputs)."""
+        begins = np.cumsum([head.n_outputs for head in self.heads])[:-1]
+        found = [head.columns(part) for head, part in zip(self.heads, np.split(outputs, begins, axis=1), strict=True)]
         return {name: values for columns in found for name, values in columns.items()}
+
+    @property
+    def n_outputs(self) -> int:
+        """Numbers that all heads make of a text."""
+        return sum(head.n_outputs for head in self.heads)
 
     @property
     def shown(self) -> tuple[Head, ...]:

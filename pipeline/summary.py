@@ -275,14 +275,40 @@ def tell_score(result: Values) -> str:
         tallies = {"int_score": result["int_score_counts"], "half up": half_up, **result["label_counts"]}
     counts = {name: ", ".join(f"{key}: {n:,}" for key, n in tally.items()) for name, tally in tallies.items() if tally}
     reused = f", {result['n_shards_reused']} of them reused" if result["n_shards_reused"] else ""
-    speed = f"{figure(result['docs_per_s'])} docs/s, " if result["docs_per_s"] else ""
+    again = f", {result['n_duplicates']:,} of the same text as another" if result["n_duplicates"] else ""
     lines = [
-        f"{result['n_scored']:,} scored, {result['n_empty']:,} empty; of {result['n_truncated']:,} not all was read"
-        f" ({result['n_windows']:,} windows)",
+        f"{result['n_scored']:,} scored{again}, {result['n_empty']:,} empty; of {result['n_truncated']:,} not all was"
+        f" read ({result['n_windows']:,} windows)",
         *(f"{name} {told}" for name, told in counts.items()),
-        f"{speed}{result['n_shards']} shards{reused}",
+        f"{result['n_shards']} shards{reused}",
+        *behind(result["cascade"], result["n_ruled_out"] / max(result["n_rows"], 1)),
+        *speed(result),
     ]
     return "\n".join(lines)
+
+
+def behind(cascade: Values | None, share: float) -> list[str]:
+    """What a cascade ruled out, and what is sure about the rest."""
+    if cascade is None:
+        return []
+    return [
+        f"cascade: {share:.0%} ruled out before the encoder; recall at least {cascade['recall']:g} (95% sure) of the"
+        f" best {cascade['keep_share']:.0%}; about {cascade['speed_up']:.1f}x"
+    ]
+
+
+def speed(result: Values) -> list[str]:
+    """How fast scoring went, if something was scored, and where the time went."""
+    if not result["tokens_per_s"]:
+        return []
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in result["time_shares"].items())
+    halved = (
+        f"; halved {result['n_memory_halvings']:,} times for lack of memory" if result["n_memory_halvings"] else ""
+    )
+    return [
+        f"{figure(result['docs_per_s'])} docs/s, {short(result['tokens_per_s'])} tokens/s, padding"
+        f" {result['padding_share']:.0%}; {shares}{halved}"
+    ]
 
 
 def tell_cuts(result: Values) -> str:

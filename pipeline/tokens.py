@@ -51,7 +51,6 @@ class Reader:
         return text[: found.end()] if found else ""
 
 
-@functools.lru_cache(maxsize=2)
 def reader(tokenizer: Any) -> Reader:
     """Reads as a Hugging Face tokenizer does, by a copy of its fast part or, if it has none, by one call at a time."""
     with LOCK:

@@ -213,10 +213,11 @@ def flatten(values: dict[str, Any], prefix: str = "", numbers_only: bool = False
 
 
 @contextmanager
-def progress(name: str, total: int | None) -> Iterator[Step]:
-    """Counts documents: a bar with docs/s and time left on a terminal, a line every 15 s elsewhere."""
+def progress(name: str, total: int | None, beside: Callable[[float], str] = lambda _: "") -> Iterator[Step]:
+    """Counts documents: a bar with docs/s and time left on a terminal, a line every 15 s elsewhere; `beside` adds
+    to it, given the seconds so far."""
     if sys.stderr.isatty():
-        with progress_bar(name, total) as step:
+        with progress_bar(name, total, beside) as step:
             yield step
         return
     begin = said = time.perf_counter()
@@ -226,22 +227,27 @@ def progress(name: str, total: int | None) -> Iterator[Step]:
         nonlocal done, said
         done += n
         now = time.perf_counter()
-        if now - said >= 15:
+        if now - said >= EVERY_S:
             said = now
-            log.info("%s: %s", name, pace(done, total, now - begin))
+            log.info("%s: %s", name, pace(done, total, now - begin, beside(now - begin)))
 
     yield advance
 
 
-def pace(done: int, total: int | None, seconds: float) -> str:
+EVERY_S = 15
+"""Seconds between lines of progress."""
+
+
+def pace(done: int, total: int | None, seconds: float, beside: str = "") -> str:
     """How far and how fast, in words."""
     speed = done / max(seconds, 1e-9)
-    left = f", {(total - done) / max(speed, 1e-9):.0f} s left" if total else ""
-    return f"{done}{f' of {total}' if total else ''} documents, {speed:.1f} docs/s{left}"
+    told = [f"{done}{f' of {total}' if total else ''} documents", f"{speed:.1f} docs/s", beside]
+    left = f"{(total - done) / max(speed, 1e-9):.0f} s left" if total else ""
+    return ", ".join(filter(None, [*told, left]))
 
 
 @contextmanager
-def progress_bar(name: str, total: int | None) -> Iterator[Step]:
+def progress_bar(name: str, total: int | None, beside: Callable[[float], str]) -> Iterator[Step]:
     """A bar on the terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -250,15 +256,16 @@ def progress_bar(name: str, total: int | None) -> Iterator[Step]:
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total} documents"),
-        TextColumn("{task.fields[speed]} docs/s"),
+        TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
     )
     begin = time.perf_counter()
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(name, total=total, speed="-")
+        task = bar.add_task(name, total=total, speed="")
 
         def advance(n: int) -> None:
-            done = bar.tasks[0].completed + n
-            bar.update(task, advance=n, speed=f"{done / max(time.perf_counter() - begin, 1e-9):.1f}")
+            done, seconds = bar.tasks[0].completed + n, max(time.perf_counter() - begin, 1e-9)
+            told = ", ".join(filter(None, [f"{done / seconds:.1f} docs/s", beside(seconds)]))
+            bar.update(task, advance=n, speed=told)
 
         yield advance

@@ -1,13 +1,13 @@
 """Texts as windows of tokens, each with the encoder's special tokens around it."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import models
-from pipeline.tokens import Ids, Reader, reader
+from pipeline.tokens import Ids, Reader
 
 How = Literal["first", "spread", "all"]
 
@@ -29,10 +29,21 @@ class Windows(NamedTuple):
     truncated: NDArray[np.bool_]
     """(n_texts,) whether not all tokens of the text are in a window."""
 
+    @property
+    def firsts(self) -> list[Ids]:
+        """The token ids of each text's first window."""
+        return [self.ids[i] for i in np.flatnonzero(np.diff(self.owners, prepend=-1))]
 
-def cut(texts: Sequence[str], tokenizer: Any, max_tokens: int, how: How) -> Windows:
-    """The windows of each text, of at most `max_tokens` tokens with the special ones, by a tokenizer or its reader."""
-    read_by = tokenizer if isinstance(tokenizer, Reader) else reader(tokenizer)
+
+def of_texts(read: Windows, chosen: NDArray[np.bool_]) -> Windows:
+    """The windows of some of the texts (n_texts,)."""
+    inside = chosen[read.owners]
+    ids = [row for row, is_inside in zip(read.ids, inside, strict=True) if is_inside]
+    return Windows(ids, (np.cumsum(chosen) - 1)[read.owners[inside]], read.truncated[chosen])
+
+
+def cut(texts: Sequence[str], read_by: Reader, max_tokens: int, how: How) -> Windows:
+    """The windows of each text, of at most `max_tokens` tokens with the special ones."""
     before, after = read_by.before, read_by.after
     room = max(max_tokens - len(before) - len(after), 1)
     read = beginnings(texts, room, read_by) if how == "first" else whole(texts, read_by)

@@ -2,11 +2,11 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Lock
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -17,12 +17,12 @@ AHEAD = 2
 
 def in_order(
     work: Callable[[Item], Made], items: Iterable[Item], n_workers: int, start: Callable[[], None] = lambda: None
-) -> Iterator[tuple[Item, Made]]:
+) -> Generator[tuple[Item, Made]]:
     """Each item with what `work` makes of it, in the order given, a bounded number at a time. `start` is called in
     every thread. Where the stream fails, what came before is finished first."""
     waiting: deque[tuple[Item, Future[Made]]] = deque()
     source, failed = iter(items), None
-    with ThreadPoolExecutor(n_workers, thread_name_prefix="encoder", initializer=start) as pool:
+    with ThreadPoolExecutor(n_workers, thread_name_prefix="worker", initializer=start) as pool:
         try:
             while True:
                 try:
@@ -69,7 +69,23 @@ class Effort:
             with self.lock:
                 self.seconds[activity] += time.perf_counter() - begin  # type: ignore[assignment]
 
+    def timed(self, activity: str, items: Iterable[Item]) -> Iterator[Item]:
+        """The same items; the seconds until each is there are counted."""
+        source, end = iter(items), object()
+        while True:
+            with self.spent(activity):
+                item: Any = next(source, end)
+            if item is end:
+                return
+            yield item
+
     def count(self, **numbers: int) -> None:
         """Add to the counts."""
         with self.lock:
             self.counts.update(numbers)
+
+    def forget(self) -> None:
+        """Begin again, after what only got ready for the work."""
+        with self.lock:
+            self.seconds.clear()
+            self.counts.clear()

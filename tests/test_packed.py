@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from pipeline import config, forward, packed
 from pipeline.encoder import Encoder
+from pipeline.lanes import Way
 
 OF_BERT = {**SMALL, "hidden_size": 64, "max_position_embeddings": 128}
 OF_ROBERTA = {**OF_BERT, "bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 3}
@@ -44,10 +45,10 @@ def encoder(folder: Path, **settings: object) -> Encoder:
     return Encoder(config.Encoder.model_validate(values))
 
 
-def way(made: Encoder) -> forward.Forward:
+def way(made: Encoder) -> Way:
     """How the encoder computes."""
     made.ready()
-    return made.lanes.get()
+    return made.lanes.get().way
 
 
 def alone(folder: Path, made: Encoder, texts: list[str], pooling: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 import json
 import shutil
+import tempfile
 from collections import Counter
 from dataclasses import replace
 from decimal import Decimal
@@ -9,8 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as trials
+from hypothesis.strategies import booleans, integers, lists, sampled_from
 
-from pipeline import config, formats, score, student
+from pipeline import config, corpus, formats, score, shards, student, summary
 from pipeline.encoder import Encoder
 from pipeline.errors import UserError
 from pipeline.student import Head, Layer, Student
@@ -37,12 +41,14 @@ def student_folder(tmp_path: Path, saved_student: Path) -> Path:
 
 
 def recipe(tmp_path: Path, corpus_path: Path, student_folder: Path, **settings: object) -> config.Recipe:
-    of_corpus = {name: settings.pop(name) for name in ("text_column", "skip_bad_rows") if name in settings}
+    names = ("text_column", "id_column", "skip_bad_rows")
+    of_corpus = {name: settings.pop(name) for name in names if name in settings}
+    of_encoder = {name: settings.pop(name) for name in ("workers",) if name in settings}
     return config.Recipe.model_validate(
         {
             "run_folder": tmp_path / "run",
             "corpus": {"path": str(corpus_path), **of_corpus},
-            "encoder": {"dtype": "float32", "device": "cpu"},
+            "encoder": {"dtype": "float32", "device": "cpu", **of_encoder},
             "score": {"student": student_folder, **settings},
         }
     )
@@ -226,22 +232,6 @@ def test_score_says_what_is_missing(tmp_path: Path, corpus_folder: Path):
         score.run(recipe(tmp_path, corpus_folder, corpus_folder))
 
 
-def test_windows_of_rows_bound_the_memory_of_a_shard(tmp_path: Path, student_folder: Path, monkeypatch):
-    """The encoder never sees more than a window at a time."""
-    monkeypatch.setattr(formats, "BATCH_ROWS", 64)
-    pq.write_table(pa.table({"text": [f"text {i}" for i in range(300)]}), tmp_path / "corpus.parquet")
-    seen: list[int] = []
-    original = Encoder.embed
-
-    def watched(self, texts, step):
-        seen.append(len(texts))
-        return original(self, texts, step)
-
-    monkeypatch.setattr(Encoder, "embed", watched)
-    score.run(recipe(tmp_path, tmp_path / "corpus.parquet", student_folder))
-    assert seen == [64, 64, 64, 64, 44]
-
-
 def counts(values: np.ndarray) -> dict[str, int]:
     return {str(value): n for value, n in sorted(Counter(values.tolist()).items())}
 
@@ -270,6 +260,247 @@ def test_all_windows_of_a_document_count_for_its_score(tmp_path: Path, corpus_fo
     by_window = loaded.heads[0].outputs(embedded.vectors)[:, 0]
     highest = [by_window[embedded.owners == i].max() for i in range(20)]
     np.testing.assert_allclose(scored(tmp_path, "part-0.parquet")["score"].to_numpy(), highest, atol=1e-4)
+
+
+# -- one stream of work -----------------------------------------------------------------------------------------------
+
+
+def write_shards(folder: Path, shards: list[list[str]]) -> Path:
+    folder.mkdir(parents=True)
+    for i, texts in enumerate(shards):
+        ids = [f"{i}-{j}" for j in range(len(texts))]
+        pq.write_table(pa.table({"id": ids, "text": pa.array(texts, pa.string())}), folder / f"part-{i}.parquet")
+    return folder
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every text that an encoder computes from now on."""
+    found: list[str] = []
+    original = Encoder.embed_unit
+
+    def watched(self, texts):
+        if texts != ["a"]:  # Encoder.dim asks for one embedding
+            found.extend(texts)
+        return original(self, texts)
+
+    monkeypatch.setattr(Encoder, "embed_unit", watched)
+    return found
+
+
+FEW_TEXTS = [*(f"text {'long ' * i}{i}" for i in range(12)), "", "  "]
+
+
+@trials(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shards=lists(lists(sampled_from(FEW_TEXTS), max_size=9), min_size=2, max_size=4),
+    workers=integers(1, 5),
+    unit_texts=integers(1, 5),
+    batch_rows=integers(1, 9),
+    sidecar=booleans(),
+)
+def test_scores_depend_neither_on_workers_and_units_nor_on_texts_around_nor_is_a_text_computed_twice(
+    saved_student: Path, computed: list[str], shards, workers: int, unit_texts: int, batch_rows: int, sidecar: bool
+):
+    """To the last bit, as if each text were the only one."""
+    alone = student.load(saved_student, config.Encoder(dtype="float32", device="cpu"))
+    expected = {text: alone.score([text])[0] for text in FEW_TEXTS if text.strip()}
+    computed.clear()
+    given = [[*FEW_TEXTS[:2], *shard] for shard in shards]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Encoder, "unit_texts", unit_texts)
+        patch.setattr(formats, "BATCH_ROWS", batch_rows)
+        source = write_shards(Path(folder) / "corpus", given)
+        found = recipe(Path(folder), source, saved_student, sidecar=sidecar, workers=workers)
+        result = score.run(found)
+        made = [scored(Path(folder), f"part-{i}.parquet") for i in range(len(given))]
+    for texts, of_shard in zip(given, made, strict=True):
+        assert of_shard["score"].to_pylist() == [expected.get(text) for text in texts]
+    full = [text for shard in given for text in shard if text.strip()]
+    assert Counter(computed) == Counter(set(full))
+    assert result.n_duplicates == len(full) - len(set(full))
+    assert (result.n_scored, result.n_empty) == (len(full), sum(map(len, given)) - len(full))
+
+
+@pytest.mark.parametrize("engine", ["packed", "plain", "exact"])
+def test_a_resumed_run_writes_the_bytes_of_a_whole_one(
+    tmp_path: Path, tiny_encoder: Path, texts: list[str], computed: list[str], engine: str
+):
+    """With padding embeddings depend on the texts beside them, so texts are shared within a shard only."""
+    folder = make_student(tmp_path / "student", tiny_encoder, engine=engine)
+    source = write_shards(tmp_path / "corpus", [[*texts[:9], texts[3]], [*texts[4:20], texts[5]], texts[15:40]])
+    found = recipe(tmp_path, source, folder, keep_embeddings=True)
+    shared = 2 if engine == "plain" else 2 + 5 + 5
+    assert score.run(found).n_duplicates == shared
+    assert len(computed) == 10 + 17 + 25 - shared
+    out = tmp_path / "run" / "score"
+    whole = {path: path.read_bytes() for path in out.glob("*/*.parquet")}
+    for path in out.glob("*/part-1.parquet"):
+        path.unlink()
+    result = score.run(found)
+    assert (result.n_shards_reused, result.n_duplicates) == (2, 1)
+    assert {path: path.read_bytes() for path in out.glob("*/*.parquet")} == whole
+
+
+def test_no_shard_before_the_one_that_cannot_be_read_is_lost(tmp_path: Path, student_folder: Path):
+    """All of them are still at work when reading fails."""
+    source = write_shards(tmp_path / "corpus", [[f"text {i}"] for i in range(5)])
+    raw = bytearray((source / "part-4.parquet").read_bytes())
+    raw[4:30] = b"\xff" * 26
+    (source / "part-4.parquet").write_bytes(raw)
+    with pytest.raises(UserError, match=r"part-4.parquet cannot be read as parquet"):
+        score.run(recipe(tmp_path, source, student_folder, workers=4))
+    there = sorted(path.name for path in (tmp_path / "run" / "score" / "scored").iterdir())
+    assert there == [f"part-{i}.parquet" for i in range(4)]
+    assert not (tmp_path / "run" / "score" / "seen.sqlite").exists()
+
+
+def test_the_result_says_how_fast_it_went_and_where_the_time_went(
+    tmp_path: Path, corpus_folder: Path, student_folder: Path
+):
+    settings = recipe(tmp_path, corpus_folder, student_folder)
+    result = score.run(settings)
+    assert list(result.time_shares) == ["reading", "tokenising", "computing", "writing"]
+    assert sum(result.time_shares.values()) == pytest.approx(1) and min(result.time_shares.values()) > 0
+    assert (result.n_tokens, result.padding_share, result.n_duplicates) == (60 * 64, 0, 0)
+    assert result.tokens_per_s == pytest.approx(64 * result.docs_per_s)
+    told = summary.tell_score(result.model_dump())
+    assert "docs/s" in told and "padding 0%; reading " in told
+    (tmp_path / "run" / "score" / "result.json").unlink()
+    again = score.run(settings)
+    assert (again.docs_per_s, again.n_tokens, again.time_shares, again.n_scored) == (None, 0, {}, 60)
+    assert "docs/s" not in summary.tell_score(again.model_dump())
+
+
+# -- scores alone -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_a_sidecar_holds_ids_and_scores_alone_and_reads_as_the_whole_documents(
+    tmp_path: Path, student_folder: Path, texts: list[str], form: str
+):
+    rows = [{"id": i, "text": text, "meta": {"n": i}} for i, text in enumerate([*texts[:5], "", "more"])]
+    rows[3]["id"] = None
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    else:
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = recipe(tmp_path, tmp_path / f"a.{form}", student_folder, sidecar=True, id_column="id")
+    score.run(settings)
+    found = scored(tmp_path, "a.parquet")
+    assert found.schema.names == ["id", "score", "int_score"]
+    assert found["id"].to_pylist() == ["0", "1", "2", corpus.text_id(texts[3]), "4", "5", "6"]
+    whole = settings.model_copy(
+        update={"run_folder": tmp_path / "whole", "score": config.Score(student=student_folder)}
+    )
+    score.run(whole)
+    of_scores = config.Corpus(path=str(tmp_path / "run" / "score" / "scored"))
+    (shard,) = [shards.with_documents(shard) for shard in shards.find_shards(of_scores)]
+    read = pa.Table.from_batches(corpus.read(shard, of_scores, shards.Counts()))
+    assert read.to_pylist() == pq.read_table(tmp_path / "whole" / "score" / "scored" / "a.parquet").to_pylist()
+
+
+def test_only_text_and_id_are_read_for_a_sidecar(tmp_path: Path, student_folder: Path, monkeypatch):
+    table = pa.table({"id": ["a"], "page": [{"body": "one text", "html": "<p>"}], "other": [1]})
+    pq.write_table(table, tmp_path / "corpus.parquet")
+    asked: list[list[str]] = []
+    original = pq.ParquetFile.iter_batches
+
+    def watched(self, *given, columns=None, **more):
+        asked.append(columns)
+        return original(self, *given, columns=columns, **more)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
+    score.run(recipe(tmp_path, tmp_path / "corpus.parquet", student_folder, sidecar=True, text_column="page.body"))
+    assert asked == [["page.body"]]
+    assert scored(tmp_path, "corpus.parquet")["id"].to_pylist() == [corpus.text_id("one text")]
+
+
+def test_a_sidecar_says_which_documents_it_belongs_to(
+    tmp_path: Path, corpus_folder: Path, student_folder: Path, monkeypatch
+):
+    monkeypatch.chdir(corpus_folder.parent)
+    score.run(recipe(tmp_path, Path(corpus_folder.name), student_folder, sidecar=True))
+    note = json.loads(pq.read_metadata(tmp_path / "run/score/scored/part-1.parquet").metadata[shards.BESIDE])
+    (shard,) = [shard for shard in shards.find_shards(config.Corpus(path=str(corpus_folder))) if "1" in shard.name]
+    assert note["corpus"] == config.Corpus(path=str(corpus_folder)).identity()
+    assert note["shard"] == shard._asdict() and note["made_from"] == shards.fingerprint(shard)
+
+
+# -- several students -------------------------------------------------------------------------------------------------
+
+
+def other_student(folder: Path, encoder: Path, **values: object) -> Path:
+    """A score and a label; with `max_tokens` the same texts are read otherwise."""
+    numbers = np.random.default_rng(1)
+    layers = [Layer(numbers.normal(size=(n, 32)).astype(np.float32), np.zeros(n, np.float32)) for n in (1, 3)]
+    heads = (
+        Head("score", "score", layers[:1], (0, 5)),
+        Head("topic", "label", layers[1:], labels=("art", "law", "tax")),
+    )
+    settings = {"model": str(encoder), "max_tokens": 64, "dtype": "float32", "device": "cpu", **values}
+    Student(config.Encoder.model_validate(settings), heads).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("values", "n_passes"), [({}, 1), ({"max_tokens": 32}, 2), ({"windows": "all"}, 2)])
+def test_several_students_give_what_each_gives_alone_and_share_an_encoder_that_is_the_same(
+    tmp_path: Path,
+    corpus_folder: Path,
+    student_folder: Path,
+    tiny_encoder: Path,
+    computed: list[str],
+    values,
+    n_passes,
+):
+    other = other_student(tmp_path / "other", tiny_encoder, **values)
+    result = score.run(recipe(tmp_path, corpus_folder, student_folder, more_students=[f"da={other}"]))
+    assert len(computed) == 60 * n_passes
+    added = ["score", "int_score", "score_da", "int_score_da", "topic_da", "topic_probability_da"]
+    found = scored(tmp_path, "part-0.parquet")
+    assert found.schema.names == ["id", "text", "meta", "good", *added]
+    for name, folder in (("", student_folder), ("_da", other)):
+        of_it = student.load(folder, config.Encoder(dtype="float32", device="cpu"))
+        expected = of_it.predict(found["text"].to_pylist())
+        for column, values_alone in expected.items():
+            assert found[column + name].to_pylist() == values_alone.tolist()
+    assert sum(result.int_score_counts.values()) == sum(result.label_counts["topic_da"].values()) == 60
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["da"], r"score.more_students: 'da' is not NAME=FOLDER, such as"),
+        (["=x"], r"score.more_students: '=x' is not NAME=FOLDER, such as"),
+        (["da=nowhere"], r"score.more_students: nowhere does not exist; give the folder of a student"),
+        (["da={student}", "da={student}"], r"score.more_students: da is there twice"),
+        (["da={corpus}"], r"is no student"),
+        (["da={clash}"], r"score.more_students: two columns would be called score_da; give another name"),
+    ],
+)
+def test_students_that_cannot_be_are_refused_in_one_line(
+    tmp_path: Path, corpus_folder: Path, student_folder: Path, tiny_encoder: Path, given: list[str], message: str
+):
+    folders = {"student": student_folder, "corpus": corpus_folder, "clash": tmp_path / "clash"}
+    layer = (Layer(np.ones((1, 32), np.float32), np.zeros(1, np.float32)),)
+    heads = (Head("score", "score", layer, (0, 5)), Head("score_da", "score", layer, (0, 5)))
+    settings = config.Encoder(model=str(tiny_encoder), max_tokens=64, dtype="float32", device="cpu")
+    Student(settings, heads[1:] if "{clash}" not in given[0] else heads).save(tmp_path / "clash")
+    first = tmp_path / "clash" if "{clash}" in given[0] else student_folder
+    more = [text.format(**folders) for text in given]
+    with pytest.raises(UserError, match=message):
+        score.run(recipe(tmp_path, corpus_folder, first, more_students=more))
+
+
+def test_another_student_beside_the_first_scores_everything_again(
+    tmp_path: Path, corpus_folder: Path, student_folder: Path, tiny_encoder: Path
+):
+    other = other_student(tmp_path / "other", tiny_encoder)
+    settings = recipe(tmp_path, corpus_folder, student_folder, more_students=[f"da={other}"])
+    score.run(settings)
+    other_student(tmp_path / "other", tiny_encoder, windows="all")
+    with pytest.raises(UserError, match=r"settings.more_students.da changed"):
+        score.run(settings)
 
 
 # -- embeddings -------------------------------------------------------------------------------------------------------

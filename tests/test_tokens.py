@@ -241,19 +241,21 @@ def test_a_text_is_not_cut_in_a_way_that_is_not_known():
 
 
 def test_several_threads_read_with_one_tokenizer(tokenizer, texts: list[str]):
-    alone = [windows.cut(texts, tokenizer, size, "first").ids for size in range(20, 60, 10)]
+    one = reader(tokenizer)
+    alone = [windows.cut(texts, one, size, "first").ids for size in range(20, 60, 10)]
     with ThreadPoolExecutor(4) as pool:
-        together = pool.map(lambda size: windows.cut(texts, tokenizer, size, "first").ids, [20, 30, 40, 50] * 3)
+        together = pool.map(lambda size: windows.cut(texts, one, size, "first").ids, [20, 30, 40, 50] * 3)
         for i, found in enumerate(together):
             assert all(map(np.array_equal, found, alone[i % 4]))
 
 
 def test_threads_take_turns_with_a_tokenizer_that_is_written_in_python(texts: list[str]):
     python = ByT5Tokenizer()
+    one = reader(python)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda text: windows.cut([text], python, 64, "first").ids[0].tolist(), texts[:20]))
+        found = list(pool.map(lambda text: windows.cut([text], one, 64, "first").ids[0].tolist(), texts[:20]))
     assert found == [[*plain(python, text)[:63], python.eos_token_id] for text in texts[:20]]
-    assert reader(python).spaces == ""
+    assert one.spaces == ""
 
 
 def test_calls_of_the_tokenizer_change_nothing_for_its_reader(texts: list[str]):

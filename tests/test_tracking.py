@@ -1,5 +1,6 @@
 """The run folder's metrics, and the dashboards beside them: real trackers, offline."""
 
+import io
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import config, dashboards
+from pipeline import config, dashboards, tracking
 from pipeline.config import Recipe
 from pipeline.errors import UserError
 from pipeline.tracking import Result, stage
@@ -169,3 +170,47 @@ def test_examples_go_from_one_end_of_the_score_to_the_other(tmp_path: Path):
 
 def test_names_of_artifacts_suit_both_trackers():
     assert dashboards.safe("läufe/demo 1-student") == "l-ufe-demo-1-student"
+
+
+# -- progress ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("total", "beside", "told"),
+    [
+        (None, "", "30 documents, 10.0 docs/s"),
+        (90, "", "30 of 90 documents, 10.0 docs/s, 6 s left"),
+        (90, "4.1k tokens/s, padding 0%", "30 of 90 documents, 10.0 docs/s, 4.1k tokens/s, padding 0%, 6 s left"),
+    ],
+)
+def test_pace_is_told_in_words(total: int | None, beside: str, told: str):
+    assert tracking.pace(30, total, 3, beside) == told
+
+
+def test_progress_is_plain_lines_where_nobody_watches(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(tracking, "EVERY_S", 0)
+    with caplog.at_level(logging.INFO, "gristmill"), tracking.progress("score", 4, lambda _: "2 tokens/s") as step:
+        step(1)
+        step(3)
+    first, last = caplog.messages
+    assert first.startswith("score: 1 of 4 documents, ") and "docs/s, 2 tokens/s, " in first
+    assert last.startswith("score: 4 of 4 documents, ") and last.endswith(", 0 s left")
+
+
+def test_progress_is_quiet_before_there_is_something_to_say(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, "gristmill"), tracking.progress("score", 4) as step:
+        step(4)
+    assert not caplog.messages
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "140")
+    with tracking.progress("score", 4, lambda _: "2 tokens/s") as step:
+        step(1)
+        step(3)
+    assert "4/4 documents" in terminal.getvalue() and " docs/s, 2 tokens/s" in terminal.getvalue()

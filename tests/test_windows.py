@@ -54,7 +54,7 @@ def test_windows_never_overlap_and_leave_out_only_what_they_must(n_tokens: int, 
 @pytest.mark.parametrize("how", ["first", "spread", "all"])
 def test_windows_hold_the_documents_own_tokens_between_special_ones(tokenizer, texts: list[str], how: windows.How):
     mixed = [texts[0], "short", "", "\n".join(texts[1:5]), texts[5][:200]]
-    found = windows.cut(mixed, tokenizer, 64, how)
+    found = windows.cut(mixed, reader(tokenizer), 64, how)
     before, after = windows.models.special_tokens_around(tokenizer)
     room = 64 - len(before) - len(after)
     assert found.owners.tolist() == sorted(found.owners.tolist()) and set(found.owners) == set(range(len(mixed)))
@@ -68,7 +68,9 @@ def test_windows_hold_the_documents_own_tokens_between_special_ones(tokenizer, t
 
 def test_documents_that_are_cut_are_counted_by_what_is_read(tokenizer, texts: list[str]):
     mixed = ["short", texts[0], "\n".join(texts[:9])]
-    counted = {how: windows.cut(mixed, tokenizer, 512, how).truncated.tolist() for how in ("first", "spread", "all")}
+    counted = {
+        how: windows.cut(mixed, reader(tokenizer), 512, how).truncated.tolist() for how in ("first", "spread", "all")
+    }
     assert counted["first"][0::2] == [False, True] and counted["spread"] == [False, False, True]
     assert counted["all"] == [False, False, False]
 
@@ -90,5 +92,5 @@ def test_pieces_are_the_whole_text(text: str, size: int):
 
 
 def test_the_first_window_of_a_run_without_spaces_is_full(tokenizer):
-    (ids,) = windows.cut(["\U0001f600" * 100_000], tokenizer, 64, "first").ids
+    (ids,) = windows.cut(["\U0001f600" * 100_000], reader(tokenizer), 64, "first").ids
     assert len(ids) == 64 or len(np.unique(ids)) <= 4  # WordPiece makes one unknown word of it
