@@ -219,31 +219,26 @@ def pooled(states: Any, mask: Any, task: Task) -> Any:
 
 
 def gristmill(task: Task) -> Side:
-    """The stage itself. It loads the student each time; what it takes for one short text is not counted, as no side's
-    loading is."""
-    nothing = Path(task.trial).with_name(f"short-{os.getpid()}.parquet")
-    pq.write_table(pa.table({"text": ["a"]}), nothing)
+    """The stage itself. It loads the student each time, which is not counted, as no side's loading is."""
 
     def call(file: str, scored_file: str) -> Answer:
-        loading, whole = stage(task, nothing, None), stage(task, Path(file), scored_file)
-        return {"seconds": whole - loading, "loading_s": loading, "peak_rss_mb": peak_rss_mb()}
+        return stage(task, Path(file), scored_file) | {"peak_rss_mb": peak_rss_mb()}
 
-    stage(task, nothing, None)  # what is loaded at first use
+    with tempfile.TemporaryDirectory() as folder:
+        call(task.trial, f"{folder}/tried.parquet")  # what is loaded at first use
     return Side(call)
 
 
-def stage(task: Task, file: Path, scored_file: str | None) -> float:
-    """Seconds of gristmill score from the beginning."""
+def stage(task: Task, file: Path, scored_file: str) -> Answer:
+    """Seconds of gristmill score from its first document to its last, and those before and after."""
     with tempfile.TemporaryDirectory() as folder:
         sections = {"corpus": {"path": str(file)}, "score": {"student": task.student}}
         encoder = {"device": task.device, **task.settings}
         recipe = Recipe.model_validate({"run_folder": folder, "encoder": encoder, **sections})
-        begin = time.perf_counter()
-        score.run(recipe)
-        seconds = time.perf_counter() - begin
-        if scored_file:
-            shutil.move(Path(folder) / "score" / "scored" / file.name, scored_file)
-        return seconds
+        result = score.run(recipe)
+        shutil.move(Path(folder) / "score" / "scored" / file.name, scored_file)
+        seconds = result.n_rows / (result.docs_per_s or 1)
+        return {"seconds": seconds, "loading_s": result.seconds - seconds, "time_shares": result.time_shares}
 
 
 def peak_rss_mb() -> float:
