@@ -90,6 +90,11 @@ def features(ids: Sequence[Ids], table: Any) -> Floats:
     return np.column_stack([means, np.log1p(lengths)]).astype(np.float64)
 
 
+def n_tokens(features: Floats) -> Floats:
+    """How many tokens (n,) were read for features."""
+    return np.asarray(np.expm1(features[:, -1]))
+
+
 def learn(features: Floats, scores: Floats, seed: int) -> First:
     """A first student of documents' features (n, dim) and scores (n,); how strictly is chosen by cross-validation."""
     mean, scale, bias = features.mean(axis=0), features.std(axis=0), scores.mean()
@@ -126,19 +131,20 @@ def fewest(recall: float) -> int:
     return math.ceil(math.log(1 - CONFIDENCE) / math.log(recall))
 
 
-def speed_up(passing_share: float, costs: Costs) -> float:
-    """How many times as fast documents are scored."""
+def speed_up(token_share: float, costs: Costs) -> float:
+    """How many times as fast documents are scored of which this share of the tokens passes; what is ruled out is often
+    shorter than the rest, and an encoder's time goes with the tokens."""
     alone = costs.tokenising + costs.encoder
-    return alone / (costs.tokenising + costs.first + passing_share * costs.encoder)
+    return alone / (costs.tokenising + costs.first + token_share * costs.encoder)
 
 
-def check_gain(gain: float, passing_share: float) -> None:
+def check_gain(gain: float, token_share: float) -> None:
     """Refuse a cascade that saves too little."""
     if gain < LEAST_GAIN:
         raise UserError(
-            f"score.cascade_keep_share: the first student would let {passing_share:.0%} pass, which makes scoring"
-            f" {gain:.2f} times as fast, less than {LEAST_GAIN}; leave it out, ask for less score.cascade_recall, or"
-            " calibrate on a larger score.cascade_sample"
+            f"score.cascade_keep_share: the first student would let {token_share:.0%} of the tokens pass, which makes"
+            f" scoring {gain:.2f} times as fast, less than {LEAST_GAIN}; leave it out, ask for less"
+            " score.cascade_recall, or calibrate on a larger score.cascade_sample"
         )
 
 

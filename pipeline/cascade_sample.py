@@ -24,7 +24,9 @@ log = logging.getLogger("gristmill")
 
 FILE = "cascade.safetensors"
 LEARNED = 0.25
-"""Share of the sample that is learned from; the rest is calibrated on."""
+"""Share of the sample that is learned from, but for `MOST_LEARNED`; the rest is calibrated on."""
+MOST_LEARNED = 2000
+"""More would cost more for each document of the corpus."""
 
 
 class Cascade(NamedTuple):
@@ -62,7 +64,7 @@ def make(recipe: Recipe, scoring: Scoring, known: Seen, folder: Path, made_from:
     was made of the sample is then known."""
     texts = draw(recipe)
     features, records = read(scoring, texts)
-    made = calibrated(recipe, features, records["outputs"][:, 0].astype(np.float64), scoring)
+    made = calibrated(recipe, features, records, scoring)
     cascade.save(made.first, {**made.about, "made_from": digest(made_from)}, folder / FILE)
     if scoring.is_independent:  # else a document's score depends on those computed beside it, which are others later
         remember(scoring, known, texts, records, made.first.passes(features))
@@ -94,10 +96,11 @@ def read(scoring: Scoring, texts: list[str]) -> tuple[Floats, Records]:
     return np.concatenate(features), np.concatenate(records)
 
 
-def calibrated(recipe: Recipe, features: Floats, scores: Floats, scoring: Scoring) -> Cascade:
+def calibrated(recipe: Recipe, features: Floats, records: Records, scoring: Scoring) -> Cascade:
     """Learn from the first part of the sample, set the threshold by the rest, and tell what that gives."""
+    scores, sizes = records["outputs"][:, 0].astype(np.float64), cascade.n_tokens(features) * records["n_windows"]
     share, recall = recipe.score.cascade_keep_share or 1.0, recipe.score.cascade_recall
-    n_learned = math.ceil(LEARNED * len(scores))
+    n_learned = min(math.ceil(LEARNED * len(scores)), MOST_LEARNED)
     learned, rest = slice(n_learned), slice(n_learned, None)
     cut = float(np.quantile(scores[learned], 1 - share))
     n_above = int((scores[rest] >= cut).sum())
@@ -105,8 +108,9 @@ def calibrated(recipe: Recipe, features: Floats, scores: Floats, scoring: Scorin
     first = cascade.learn(features[learned], scores[learned], recipe.seed)
     said, seconds = timed_scores(first, features[rest], scoring.unit_texts)
     first = first._replace(threshold=cascade.calibrate(said, scores[rest], cut, recall))
-    passing_share = float((said >= first.threshold).mean())
-    gain = cascade.speed_up(passing_share, costs(scoring, seconds * len(scores) / len(said)))
+    passing = said >= first.threshold
+    token_share = float(sizes[rest][passing].sum() / sizes[rest].sum())
+    gain = cascade.speed_up(token_share, costs(scoring, seconds * len(scores) / len(said)))
     about = {
         "keep_share": share,
         "cut": cut,
@@ -114,15 +118,16 @@ def calibrated(recipe: Recipe, features: Floats, scores: Floats, scoring: Scorin
         "n_learned": n_learned,
         "n_calibrated": len(said),
         "n_above": n_above,
-        "n_missed": int((said[scores[rest] >= cut] < first.threshold).sum()),
-        "passing_share": passing_share,
+        "n_missed": int((~passing[scores[rest] >= cut]).sum()),
+        "passing_share": float(passing.mean()),
+        "passing_token_share": token_share,
         "speed_up": gain,
     }
     log.info(
         "score: a first student lets %.0f%% pass and misses %d of the %d best of %d documents: %.2f times as fast",
-        *(100 * passing_share, about["n_missed"], n_above, len(said), gain),
+        *(100 * passing.mean(), about["n_missed"], n_above, len(said), gain),
     )
-    cascade.check_gain(gain, passing_share)
+    cascade.check_gain(gain, token_share)
     return Cascade(first, about)
 
 

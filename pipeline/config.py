@@ -235,8 +235,7 @@ class Encoder(Settings):
     workers: Annotated[Count | None, OPERATIONAL] = None
     """Threads that tokenise and compute; without it one for each CPU core, and three for each GPU."""
     batch_tokens: Count | None = None
-    """Tokens in one pack, or in one batch with its padding; without it 2048 in a pack on the CPU, 32,768 on a GPU, and
-    4096 in a plain batch."""
+    """Tokens in one pack, or in one batch with its padding; without it 4096, and 32,768 in a pack on a GPU."""
     cache: Annotated[Path | None, OPERATIONAL] = None
     """File of embeddings computed before; without it embeddings.sqlite in the run folder."""
 
@@ -286,9 +285,9 @@ class Score(Settings):
     the rest no score; without it everything is scored."""
     cascade_recall: Annotated[float, Field(gt=0, lt=1)] = 0.99
     """Share of those best documents that is scored all the same, with 95% confidence."""
-    cascade_sample: Count = 6000
+    cascade_sample: Count = 10_000
     """Documents that are scored first, for the first student to learn from and to be calibrated on; the more, the more
-    it rules out."""
+    it rules out later."""
 
 
 class Export(Settings):
@@ -317,7 +316,7 @@ class Filter(Settings):
     min_int_score: int | None = None
     """Keep documents with at least this int_score."""
     keep_share: Share | None = None
-    """Keep this share of the scored documents; ties at the cut are kept."""
+    """Keep this share of the scored documents, those that a cascade ruled out included; ties at the cut are kept."""
     keep_documents: Count | None = None
     """Keep so many documents; ties at the cut are kept."""
     keep_tokens: Annotated[Count | None, BeforeValidator(whole_number)] = None

@@ -20,11 +20,13 @@ log = logging.getLogger("gristmill")
 Embeddings = NDArray[np.float32]
 Lengths = NDArray[np.int64]
 
-PACK_TOKENS = {"cpu": 2048, "cuda": 32_768}
+PACK_TOKENS = {"cpu": 4096, "cuda": 32_768}
 BATCH_TOKENS = 4096
 """Tokens in one pack, by device, and in one padded batch."""
 ONE_SHAPE = {"cuda"}
 """Devices on which packs are filled to one shape and layers are compiled for it."""
+SLOTS = 64
+"""Packs on the CPU are filled to a multiple of it: oneDNN makes and keeps code for every number of rows it meets."""
 THREADS_A_GPU = 3
 """One launches while the others tokenise or wait for their embeddings."""
 FURTHEST = {"float32": 1e-4, "bfloat16": 5e-3, "float16": 5e-3}
@@ -68,7 +70,7 @@ class Packs:
         self.further = list(model)[2:]
         self.device = model.device
         self.has_one_shape = self.device.type in ONE_SHAPE
-        self.unit_texts = 1024 if self.has_one_shape else 64
+        self.unit_texts = 1024 if self.has_one_shape else 32
         """A dozen packs where they are filled, for the last of them is partly empty; few, where they are not."""
 
     def cut(self, lengths: Lengths, batch_tokens: int) -> Iterator[list[int]]:
@@ -77,9 +79,8 @@ class Packs:
 
     def __call__(self, rows: Sequence[Ids], batch_tokens: int, /) -> tuple[Any, int]:
         """Embeddings (n_windows, dim) of one pack, and its slots."""
-        pack = packed.pack_of(rows)
-        if self.has_one_shape:
-            pack = packed.filled(pack, batch_tokens)
+        pack = packed.pack_of(rows, self.packed.padding)
+        pack = packed.filled(pack, batch_tokens if self.has_one_shape else -(-len(pack.ids) // SLOTS) * SLOTS)
         ids, positions, starts = (sent(tensor, self.device) for tensor in (pack.ids, pack.positions, pack.starts))
         pooled = self.packed(Pack(ids, positions, starts, pack.longest))
         for module in self.further:

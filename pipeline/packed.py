@@ -35,13 +35,15 @@ class Pack(NamedTuple):
     """Tokens of the longest text."""
 
 
-def pack_of(rows: Sequence[Ids]) -> Pack:
-    """A pack of the token ids of some texts."""
+def pack_of(rows: Sequence[Ids], padding: int = -1) -> Pack:
+    """A pack of the token ids of some texts; where these hold a padding token, it has no position but -1."""
     torch = needs("torch", "torch")
     lengths = np.array([len(row) for row in rows])
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
     ids = np.concatenate(rows).astype(np.int64)
+    counted = np.cumsum(ids != padding)
+    before = np.repeat(np.append(0, counted)[starts[:-1]], lengths)
+    positions = np.where(ids != padding, counted - before - 1, -1)
     tensors = [torch.from_numpy(array) for array in (ids, positions, starts.astype(np.int32))]
     return Pack(tensors[0], tensors[1], tensors[2], int(lengths.max()))
 
@@ -88,7 +90,7 @@ class Packed:
         config, weight = model.config, model.embeddings.word_embeddings.weight
         heads, dims = config.num_attention_heads, config.hidden_size // config.num_attention_heads
         self.embeddings, self.hidden = model.embeddings, config.hidden_size
-        self.first_position = first_position(model.embeddings)
+        self.padding = padding_of(model.embeddings)
         self.layers = [layer_of(layer) for layer in model.encoder.layer]
         self.activation = ACTIVATIONS[config.hidden_act]
         self.attend: Attention = attention.pick(heads, dims, weight.dtype, weight.device.type)
@@ -112,7 +114,7 @@ class Packed:
         """Embeddings of the tokens before the first layer (n_tokens, hidden)."""
         tables = self.embeddings
         x = tables.word_embeddings(pack.ids) + tables.token_type_embeddings.weight[0]
-        return tables.LayerNorm(x + tables.position_embeddings(pack.positions + self.first_position))
+        return tables.LayerNorm(x + tables.position_embeddings(pack.positions + self.padding + 1))
 
     def attended(self, layer: Layer, x: Any, pack: Pack) -> Any:
         """What the layer's attention makes of each token (n_tokens, hidden)."""
@@ -148,6 +150,8 @@ class Linear:
 
     def by_onednn(self, x: Any, activation: tuple[str, str] | None, plus: Any) -> Any:
         """The same with one call, activation and addition included."""
+        if len(x) == 1:  # alone, a row's products would be added up in another order than among others
+            return self.by_onednn(x.repeat(2, 1), activation, None if plus is None else plus.repeat(2, 1))[:1]
         linear = self.torch.ops.mkldnn._linear_pointwise
         if plus is not None:
             return linear.binary(x, plus, self.weight, self.bias, "add")
@@ -155,7 +159,7 @@ class Linear:
         return linear(x, self.weight, self.bias, kind, [], algorithm)
 
 
-TOKENS_TO_LAY_OUT_FOR = 2048
+TOKENS_TO_LAY_OUT_FOR = 4096
 """Rows that oneDNN chooses its layout for; any number may come."""
 
 
@@ -183,10 +187,10 @@ def layer_of(layer: Any) -> Layer:
     )
 
 
-def first_position(embeddings: Any) -> int:
-    """Where a text's positions begin: after the padding's, in RoBERTa and its kin."""
+def padding_of(embeddings: Any) -> int:
+    """The padding token that takes no position, and the place before the first, in RoBERTa and its kin; else -1."""
     padding = embeddings.position_embeddings.padding_idx
-    return 0 if padding is None else padding + 1
+    return -1 if padding is None else int(padding)
 
 
 # -- which models -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Stage 3: the student scores every document."""
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import cascade_sample, corpus, scored_shard, scoring, seen, storage
+from pipeline import cascade_sample, corpus, scored, scored_shard, scoring, seen, storage
 from pipeline import student as students
 from pipeline.cascade_sample import Cascade
 from pipeline.config import Recipe, digest
@@ -23,6 +24,8 @@ from pipeline.shards import Counts, Shard, find_shards, fingerprint
 from pipeline.stream import ID, Begin, Job, refuse_existing, results
 from pipeline.tracking import Result, progress, stage
 from pipeline.workers import Effort
+
+log = logging.getLogger("gristmill")
 
 ACTIVITIES = ("reading", "tokenising", "ruling out", "computing", "writing")
 
@@ -65,7 +68,8 @@ class ScoreResult(Result):
     cascade: dict[str, Any] | None
     """With score.cascade_keep_share, what the first student was found to do on the sample: keep_share, cut (the score
     from which on documents are among those best), recall (at least, with 95% confidence), n_learned, n_calibrated, and
-    of the latter n_above the cut, n_missed of these, passing_share; and speed_up, expected from what these cost."""
+    of the latter n_above the cut, n_missed of these, passing_share and passing_token_share; and speed_up, expected
+    from what these cost."""
 
 
 def run(recipe: Recipe, redo: bool = False) -> ScoreResult:
@@ -84,25 +88,29 @@ def run(recipe: Recipe, redo: bool = False) -> ScoreResult:
         check_columns(found, recipe, scoring.added(recipe, named).names)
         sweep(work.folder, found, recipe)
         todo = [shard for shard, tally in tallies.items() if tally is None]
-        speed = speed_of(Effort(), 0)
+        n_reused, speed = len(found) - len(todo), speed_of(Effort(), 0)
+        if n_reused:
+            log.info("score: %d of %d shards are there already", n_reused, len(found))
         if todo:
-            scored, speed, cascade = score_shards(todo, recipe, named, work.folder, made_from, cascade)
-            tallies |= scored
+            new, speed, cascade = score_shards(todo, recipe, named, work.folder, made_from, cascade)
+            tallies |= new
         counted = [tally for tally in tallies.values() if tally is not None]
         speed["cascade"] = cascade.about if cascade else None
-        return work.finish(summarise(counted, len(found) - len(todo), made_from, speed, work.seconds))
+        return work.finish(summarise(counted, n_reused, made_from, speed, work.seconds))
 
 
 def inputs(recipe: Recipe, named: Named, found: list[Shard]) -> dict[str, Any]:
     """Everything that decides the scores."""
     first, *more = named.items()
+    unused = set() if is_cascade(recipe) else {"cascade_recall", "cascade_sample"}
     return {
         "settings": {
+            "encoder": first[1].encoder_settings.identity(),  # in the student's fingerprint, which names no setting
             "student": first[1].fingerprint,
             "weights": first[1].weights,
             "more_students": {ending[1:]: digest([each.fingerprint, each.weights]) for ending, each in more},
             "corpus": recipe.corpus.identity(),
-            "score": recipe.score.identity(),
+            "score": {name: value for name, value in recipe.score.identity().items() if name not in unused},
             **({"seed": recipe.seed} if is_cascade(recipe) else {}),
         },
         "shards": {shard.name: fingerprint(shard) for shard in found},
@@ -227,28 +235,31 @@ def padding_share(effort: Effort) -> float | None:
 
 def pace(effort: Effort, seconds: float) -> str:
     """How fast the encoder reads, in words."""
-    share = padding_share(effort)
-    return f"{short(effort.counts['tokens'] / seconds)} tokens/s, padding {share or 0:.0%}"
+    speed, share = f"{short(effort.counts['tokens'] / seconds)} tokens/s", padding_share(effort)
+    return f"{speed}, padding {share:.0%}" if share else speed
 
 
 # -- schema -----------------------------------------------------------------------------------------------------------
 
 
 def check_columns(found: list[Shard], recipe: Recipe, names: Sequence[str] | None = None) -> None:
-    """Refuse, before anything is scored, shards without text or with columns of these names (those of the targets,
-    before there is a student), as far as their heads tell; of JSON lines the first shard's beginning is looked at."""
+    """Refuse, before anything is scored, shards without text (or ids for a sidecar) or with columns of these names
+    (those of the targets, before there is a student), as far as their heads tell; of JSON lines the first shard's
+    beginning is looked at."""
     names = expected(recipe) if names is None else names
     if recipe.score.sidecar and ID in names:
         raise UserError(
             f"score.sidecar: the student gives a column {ID!r}, which here names the documents; leave it out"
         )
+    read = scored.id_columns(recipe.corpus) if recipe.score.sidecar else [recipe.corpus.text_column]
     for shard in found:
         if shard.format == "jsonl":
             first = next(corpus.read(shard, recipe.corpus, Counts()), None)
             refuse_existing(first.schema if first is not None else pa.schema([]), shard, recipe, names)
             return
         schema = corpus.read_schema(shard, recipe.corpus)
-        check_column(schema, recipe.corpus.text_column, shard)
+        for name in read:
+            check_column(schema, name, shard)
         refuse_existing(schema, shard, recipe, names)
 
 

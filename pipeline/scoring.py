@@ -140,7 +140,10 @@ def load_more(recipe: Recipe) -> Named:
     for given in recipe.score.more_students:
         name, _, folder = given.partition("=")
         if not re.fullmatch(r"\w+", name) or not folder:
-            raise UserError(f"score.more_students: {given!r} is not NAME=FOLDER, such as da=runs/da/train/student")
+            raise UserError(
+                f"score.more_students: {given!r} is not NAME=FOLDER, such as da=runs/da/train/student; a name has"
+                " letters, digits and _ only"
+            )
         if f"_{name}" in found:
             raise UserError(f"score.more_students: {name} is there twice; give each student a name of its own")
         if not Path(folder).is_dir():

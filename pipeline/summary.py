@@ -1,6 +1,6 @@
 """What a run did, for a person at a terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -445,13 +445,16 @@ def show_status(values: Values) -> None:
     """A row per stage."""
     table = Table("stage", "state", "what is there", title=values["run_folder"])
     for name, tell in TELL.items():
-        if name not in values:
-            continue
-        found = values[name]
-        there = (
-            tell(found)
-            if found["state"] == "done"
-            else ", ".join(f"{k} {v}" for k, v in found.items() if k != "state")
-        )
-        table.add_row(name, found["state"], there)
+        if name in values:
+            table.add_row(name, values[name]["state"], what_is_there(values[name], tell))
     Console(width=max(Console().width, 100)).print(table)
+
+
+def what_is_there(found: Values, tell: Callable[[Values], str]) -> str:
+    """A stage's result, or how far it is, in words."""
+    if found["state"] != "done":
+        return ", ".join(f"{name} {value}" for name, value in found.items() if name != "state")
+    try:
+        return tell(found)
+    except KeyError:
+        return "written by another version; remove its result.json and run the stage again"

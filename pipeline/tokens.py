@@ -32,6 +32,8 @@ class Reader:
     """The special tokens before a text."""
     after: Ids
     """The special tokens after a text."""
+    blank: Ids
+    """What a text without tokens is read as: nothing, or where there are no special tokens either, one unknown."""
     spaces: str
     """The spaces before which a text can be cut without changing its tokens; none where that is not known."""
 
@@ -55,13 +57,20 @@ def reader(tokenizer: Any) -> Reader:
     """Reads as a Hugging Face tokenizer does, by a copy of its fast part or, if it has none, by one call at a time."""
     with LOCK:
         before, after = (np.array(ids, np.int32) for ids in models.special_tokens_around(tokenizer))
+        around = before, after, blank(tokenizer)[: not len(before) + len(after)]
         if not hasattr(tokenizer, "backend_tokenizer"):
-            return Reader(functools.partial(slow, tokenizer), before, after, "")
+            return Reader(functools.partial(slow, tokenizer), *around, "")
         own = copy.deepcopy(tokenizer.backend_tokenizer)
     own.no_truncation()
     own.no_padding()
     own.encode_special_tokens = tokenizer.split_special_tokens
-    return Reader(functools.partial(fast, own), before, after, cutting_spaces(json.loads(own.to_str())))
+    return Reader(functools.partial(fast, own), *around, cutting_spaces(json.loads(own.to_str())))
+
+
+def blank(tokenizer: Any) -> Ids:
+    """One token that says nothing."""
+    ids = (tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
+    return np.array([next(id for id in ids if id is not None)], np.int32)
 
 
 def fast(own: Any, texts: Sequence[str]) -> Iterable[list[int]]:

@@ -52,7 +52,8 @@ def cut(texts: Sequence[str], read_by: Reader, max_tokens: int, how: How) -> Win
     truncated = np.zeros(len(texts), np.bool_)
     for i, tokens in enumerate(read):
         begins = starts(len(tokens), room, how)
-        ids += [np.concatenate([before, tokens[begin : begin + room], after]) for begin in begins]
+        parts = [tokens[begin : begin + room] for begin in begins] if len(tokens) else [read_by.blank]
+        ids += [np.concatenate([before, part, after]) for part in parts]
         owners += [i] * len(begins)
         truncated[i] = len(begins) * room < len(tokens)
     return Windows(ids, np.array(owners, np.int64), truncated)

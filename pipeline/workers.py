@@ -39,6 +39,8 @@ def in_order(
                 yield done(waiting)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            if isinstance(source, Generator):  # else its own files and threads wait for the garbage collector
+                source.close()
     if failed is not None:
         raise failed
 

@@ -55,6 +55,8 @@ class Outcome(NamedTuple):
 
     passes: float
     """Share of them that the encoder would still read."""
+    tokens: float
+    """Share of their tokens."""
     recall: float
     """Share of the best that passes."""
     speed_up: float
@@ -64,6 +66,8 @@ class Kind(NamedTuple):
     """A kind of first student: what it sees of the texts, how it learns from some of them, and what that costs."""
 
     seen: Any
+    sizes: Floats
+    """Tokens of each text (n_texts,)."""
     says: Callable[[Any, Floats, slice], Floats]
     costs: Costs
 
@@ -143,14 +147,15 @@ def kinds(texts: list[str], encoder: Encoder) -> dict[str, Kind]:
     """Both kinds of first student, with what they and the encoder cost on some of the texts."""
     cut, some = [text[:N_CHARACTERS] for text in texts], slice(None, None, len(texts) // N_TIMED)
     features = cascade.features(encoder.read(texts).firsts, encoder.word_embeddings)
+    sizes = cascade.n_tokens(features)
     read, first = encoder.read(texts[some]), cascade.learn(features[:N_ANCHORS], features[:N_ANCHORS, 0], 0)
     encoder.ready()
     tokenising, computing = seconds(lambda: encoder.read(texts[some])), seconds(lambda: encoder.vectors(read))
     of_embeddings = seconds(lambda: first.scores(cascade.features(read.firsts, encoder.word_embeddings)))
     of_n_grams = seconds(lambda: N_GRAMS.transform(cut[some]))
     return {
-        "word embeddings": Kind(features, by_embeddings, Costs(tokenising, of_embeddings, computing)),
-        "hashed n-grams": Kind(N_GRAMS.transform(cut), by_n_grams, Costs(tokenising, of_n_grams, computing)),
+        "word embeddings": Kind(features, sizes, by_embeddings, Costs(tokenising, of_embeddings, computing)),
+        "hashed n-grams": Kind(N_GRAMS.transform(cut), sizes, by_n_grams, Costs(tokenising, of_n_grams, computing)),
     }
 
 
@@ -178,20 +183,21 @@ def one_round(kind: Kind, scores: Floats, rng: np.random.Generator, size: int) -
     order = rng.permutation(len(scores))
     n_learned = math.ceil(LEARNED * size)
     truth, learned, rest, others = scores[order], slice(n_learned), slice(n_learned, size), slice(size, None)
-    said = kind.says(kind.seen[order], truth, learned)
+    said, sizes = kind.says(kind.seen[order], truth, learned), kind.sizes[order][others]
     found = {}
     for keep, wanted in product(KEPT, RECALLS):
         cut = np.quantile(truth[learned], 1 - keep)
         passing = said[others] >= cascade.calibrate(said[rest], truth[rest], cut, wanted)
-        share, best = float(passing.mean()), truth[others] >= cut
-        found[keep, wanted] = Outcome(share, float(passing[best].mean()), cascade.speed_up(share, kind.costs))
+        tokens = float(sizes[passing].sum() / sizes.sum())
+        recall, gain = float(passing[truth[others] >= cut].mean()), cascade.speed_up(tokens, kind.costs)
+        found[keep, wanted] = Outcome(float(passing.mean()), tokens, recall, gain)
     return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Medians over targets as Markdown."""
     columns = ["first student", "keep", "recall wanted"]
-    lines = [[*columns, *Outcome._fields, "least and most speed_up"], ["---"] * (len(columns) + 4)]
+    lines = [[*columns, *Outcome._fields, "least and most speed_up"], ["---"] * (len(columns) + 5)]
     for place in dict.fromkeys(tuple(row[name] for name in columns) for row in rows):
         of = [row for row in rows if tuple(row[name] for name in columns) == place]
         figures = [f"{statistics.median(row[name] for row in of):.2f}" for name in Outcome._fields]

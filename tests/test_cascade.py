@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from pipeline import filter as filter_
 from pipeline.encoder import Encoder
 from pipeline.errors import UserError
 from pipeline.windows import Windows
+from pipeline.workers import Effort
 
 NUMBERS = np.random.default_rng(0)
 LEAST_GAIN = cascade.LEAST_GAIN
@@ -80,7 +82,9 @@ def test_it_sees_the_mean_of_the_word_embeddings_and_the_number_of_tokens():
     table = torch.tensor([[1.0, 2.0], [3.0, 6.0], [10.0, 0.0]])
     ids = [np.array([0, 1, 1], np.int32), np.array([2], np.int32)]
     expected = [[7 / 3, 14 / 3, math.log(4)], [10, 0, math.log(2)]]
-    np.testing.assert_allclose(cascade.features(ids, table), expected, rtol=1e-6)
+    found = cascade.features(ids, table)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(cascade.n_tokens(found), [3, 1])
 
 
 def test_it_learns_what_is_not_linear_and_the_same_from_the_same_seed():
@@ -111,10 +115,23 @@ def test_the_speed_up_counts_what_is_done_either_way():
     assert cascade.speed_up(1.0, cascade.Costs(2.0, 1.0, 8.0)) < 1
 
 
+def test_what_is_ruled_out_saves_as_much_as_it_has_tokens(tmp_path: Path):
+    """The best have ten times the tokens of the others."""
+    scores = NUMBERS.normal(size=1000)
+    features = np.column_stack([scores, np.log1p(np.where(scores > 0.5, 500, 50))])
+    records = np.zeros(1000, [("outputs", "<f4", (1,)), ("n_windows", "<i4")])
+    records["outputs"][:, 0], records["n_windows"] = scores, 1
+    work = SimpleNamespace(effort=Effort(), unit_texts=64)
+    work.effort.seconds["computing"] = 1e6
+    found = cascade_sample.calibrated(recipe(tmp_path, tmp_path, tmp_path, **FEW), features, records, work).about
+    assert 0.2 < found["passing_share"] < 0.35 < 0.5 < found["passing_token_share"] < 0.9
+    assert found["speed_up"] == pytest.approx(1 / found["passing_token_share"], rel=1e-3)
+
+
 def test_a_cascade_that_saves_too_little_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cascade, "LEAST_GAIN", LEAST_GAIN)
     cascade.check_gain(1.2, 0.8)
-    with pytest.raises(UserError, match=r"would let 90% pass, which makes scoring 1.10 times as fast, less than 1.2"):
+    with pytest.raises(UserError, match=r"would let 90% of the tokens pass, which makes scoring 1.10 times as fast,"):
         cascade.check_gain(1.1, 0.9)
 
 
@@ -201,6 +218,7 @@ def test_the_result_says_what_was_promised_and_the_sample_keeps_it(behind: confi
     assert (about["keep_share"], about["recall"], about["n_learned"], about["n_calibrated"]) == (0.3, 0.9, 50, 150)
     assert 29 <= about["n_above"] <= 75 and about["n_missed"] <= cascade.most_missed(about["n_above"], 0.9)
     assert 0 < about["passing_share"] < 1 and about["speed_up"] > 0
+    assert 0 < about["passing_token_share"] < 1
     best = [row["id"] for row in alone if row["score"] is not None and row["score"] >= about["cut"]]
     scored = {row["id"] for row in rows(behind) if row["score"] is not None}
     assert len(scored.intersection(best)) / len(best) >= 0.85
@@ -304,7 +322,9 @@ def test_a_cascade_that_does_not_pay_stops_before_anything_is_written(
 ):
     monkeypatch.setattr(cascade, "LEAST_GAIN", 99.0)
     for _ in range(2):
-        with pytest.raises(UserError, match=r"the first student would let \d+% pass, which makes scoring .* leave it"):
+        with pytest.raises(
+            UserError, match=r"student would let \d+% of the tokens pass, which makes scoring .* leave it"
+        ):
             score.run(behind)
     assert not list((behind.run_folder / "score").glob("*/*.parquet"))
     score.run(behind.model_copy(update={"score": config.Score(student=behind.score.student)}))

@@ -120,6 +120,13 @@ def test_a_result_of_another_version_is_refused(recipe_file: Path, tmp_path: Pat
     assert json.loads(run(capsys, "rate", recipe_file)[1])["rate"]["n_asked"] == 0
 
 
+def test_status_tells_of_results_of_another_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "run" / "score").mkdir(parents=True)
+    (tmp_path / "run" / "score" / "result.json").write_text('{"n_rows": 3}')
+    code, out, _ = run(capsys, "status", tmp_path / "run", "--table")
+    assert code == 0 and "another version" in out
+
+
 def test_status_tells_what_is_done(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run(capsys, "rate", recipe_file)
     code, out, _ = run(capsys, "status", tmp_path / "run")

@@ -73,6 +73,13 @@ def test_every_family_of_this_shape_gives_the_models_own_embeddings(
     np.testing.assert_allclose(made.embed(mixed).vectors, alone(folder, made, mixed, pooling), atol=1e-5)
 
 
+def test_a_text_that_names_the_padding_token_has_the_models_own_embedding(tmp_path: Path, tiny_encoder: Path):
+    folder = saved(tmp_path, "Roberta", {**OF_ROBERTA, "pad_token_id": 0, "bos_token_id": 1}, tiny_encoder)
+    made, several = encoder(folder), ["the word [PAD] in a text", "short", "[PAD] [PAD]"]
+    assert isinstance(way(made), forward.Packs) and 0 in made.read(several).ids[0]
+    np.testing.assert_allclose(made.embed(several).vectors, alone(folder, made, several, "mean"), atol=1e-5)
+
+
 def test_bfloat16_differs_by_its_rounding_only(tiny_encoder: Path, tmp_path: Path, texts: list[str]):
     folder = saved(tmp_path, "Bert", OF_BERT, tiny_encoder)
     made = encoder(folder, dtype="bfloat16")
@@ -91,6 +98,16 @@ def test_an_embedding_does_not_depend_on_neighbours_packs_or_threads(
     for batch_tokens, workers in ((1, 2), (500, 1), (2048, 3)):
         made = encoder(folder, dtype=dtype, batch_tokens=batch_tokens, workers=workers)
         np.testing.assert_array_equal(made.embed(many[::-1]).vectors[::-1], expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_text_alone_in_its_pack_has_the_embedding_that_it_has_among_others(
+    dtype: str, tmp_path: Path, tiny_encoder: Path, texts: list[str]
+):
+    folder = saved(tmp_path, "Bert", {**OF_BERT, "intermediate_size": 3072}, tiny_encoder)
+    made = encoder(folder, dtype=dtype, pooling="cls", workers=1)
+    together = made.embed(texts[:30]).vectors
+    np.testing.assert_array_equal(np.concatenate([made.embed([text]).vectors for text in texts[:30]]), together)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -128,12 +145,13 @@ def test_weights_that_have_changed_are_laid_out_anew(tmp_path: Path, tiny_encode
     assert np.abs(made.embed(texts[:3]).vectors - before).max() > 1e-3
 
 
-def test_nothing_is_padded_and_every_token_is_counted(tmp_path: Path, tiny_encoder: Path, texts: list[str]):
+def test_hardly_anything_is_padded_and_every_token_is_counted(tmp_path: Path, tiny_encoder: Path, texts: list[str]):
     made = encoder(saved(tmp_path, "Bert", OF_BERT, tiny_encoder))
     made.ready()
     made.effort.counts.clear()
     embedded = made.embed([*texts[:5], "short"])
-    assert made.effort.counts == {"tokens": embedded.tokens.sum(), "slots": embedded.tokens.sum()}
+    n_tokens, n_slots = embedded.tokens.sum(), made.effort.counts["slots"]
+    assert made.effort.counts["tokens"] == n_tokens and n_tokens <= n_slots < n_tokens + forward.SLOTS
 
 
 @given(st.lists(st.integers(1, 60)), st.integers(1, 100))

@@ -181,6 +181,19 @@ def test_another_student_scores_everything_again(tmp_path: Path, corpus_folder: 
     assert score.run(settings, redo=True).n_shards_reused == 0
 
 
+def test_settings_of_a_cascade_change_nothing_without_one(tmp_path: Path, corpus_folder: Path, student_folder: Path):
+    done = score.run(recipe(tmp_path, corpus_folder, student_folder))
+    assert score.run(recipe(tmp_path, corpus_folder, student_folder, cascade_recall=0.5, cascade_sample=7)) == done
+
+
+def test_another_way_to_compute_is_named(tmp_path: Path, corpus_folder: Path, student_folder: Path):
+    settings = recipe(tmp_path, corpus_folder, student_folder)
+    score.run(settings)
+    exact = settings.model_copy(update={"encoder": config.Encoder(dtype="float32", device="cpu", engine="exact")})
+    with pytest.raises(UserError, match=r"settings.encoder.engine changed from 'packed' to 'exact'"):
+        score.run(exact)
+
+
 def test_a_column_called_score_is_refused_or_replaced_but_never_doubled(tmp_path: Path, student_folder: Path):
     pq.write_table(pa.table({"score": [9.5], "text": ["a text"]}), tmp_path / "corpus.parquet")
     with pytest.raises(UserError, match=r"corpus.parquet already has a column 'score'; set score.replace_existing"):
@@ -416,6 +429,15 @@ def test_only_text_and_id_are_read_for_a_sidecar(tmp_path: Path, student_folder:
     assert scored(tmp_path, "corpus.parquet")["id"].to_pylist() == [corpus.text_id("one text")]
 
 
+def test_a_shard_without_ids_is_named_before_a_sidecar_is_begun(
+    tmp_path: Path, corpus_folder: Path, student_folder: Path
+):
+    pq.write_table(pa.table({"text": ["one text"]}), corpus_folder / "part-5.parquet")
+    with pytest.raises(UserError, match=r"part-5.parquet has no column 'id'; there are: text"):
+        score.run(recipe(tmp_path, corpus_folder, student_folder, sidecar=True, id_column="id"))
+    assert not list((tmp_path / "run" / "score" / "scored").glob("*"))
+
+
 def test_a_sidecar_says_which_documents_it_belongs_to(
     tmp_path: Path, corpus_folder: Path, student_folder: Path, monkeypatch
 ):
@@ -472,6 +494,7 @@ def test_several_students_give_what_each_gives_alone_and_share_an_encoder_that_i
     [
         (["da"], r"score.more_students: 'da' is not NAME=FOLDER, such as"),
         (["=x"], r"score.more_students: '=x' is not NAME=FOLDER, such as"),
+        (["d-a={student}"], r"is not NAME=FOLDER, .*; a name has letters, digits and _ only"),
         (["da=nowhere"], r"score.more_students: nowhere does not exist; give the folder of a student"),
         (["da={student}", "da={student}"], r"score.more_students: da is there twice"),
         (["da={corpus}"], r"is no student"),

@@ -66,6 +66,14 @@ def test_windows_hold_the_documents_own_tokens_between_special_ones(tokenizer, t
         assert found.truncated[i] == (len(begins) * room < len(tokens))
 
 
+@pytest.mark.parametrize("how", ["first", "spread", "all"])
+def test_a_text_without_tokens_is_what_stands_around_texts_or_one_unknown_token(tokenizer, how: windows.How):
+    (ids,) = windows.cut([""], reader(tokenizer), 64, how).ids
+    before, after = windows.models.special_tokens_around(tokenizer)
+    unknown = next(id for id in (tokenizer.unk_token_id, tokenizer.eos_token_id) if id is not None)
+    assert ids.tolist() == ([*before, *after] or [unknown])
+
+
 def test_documents_that_are_cut_are_counted_by_what_is_read(tokenizer, texts: list[str]):
     mixed = ["short", texts[0], "\n".join(texts[:9])]
     counted = {

@@ -65,6 +65,16 @@ def test_work_that_fails_fails_in_its_turn():
     assert found == [0, 1, 2] and not threads_at_work()
 
 
+def test_a_stream_of_streams_that_fails_leaves_no_thread():
+    def fails(item: int) -> None:
+        raise ValueError(item)
+
+    inner = (item for item, _ in in_order(after_a_while, range(1000), 1))
+    with pytest.raises(ValueError, match="0"):
+        list(in_order(fails, inner, 2))
+    assert not threads_at_work()
+
+
 def test_every_thread_is_started_and_none_is_left_when_the_results_are_not_wanted_any_more():
     started: list[str] = []
     results = in_order(after_a_while, range(1000), 3, lambda: started.append(threading.current_thread().name))
