@@ -64,10 +64,10 @@ N_FITTED = {"minilm": 400, "bert-base": 64}
 """Documents from which a head is made."""
 N_CHECKED_ON_GPU = 300
 """Documents of each slice that are held against the CPU's float32 there."""
-MEMORY = {"documents": 4000, "characters": 5000, "tokens": 8}
-"""Short for the encoder and long for the memory: ten times as many hold 200 MB of text. So many fill every buffer."""
-
-
+MEMORY = {"characters": 5000, "tokens": 8}
+"""Short for the encoder and long for the memory."""
+N_IN_MEMORY = {"minilm": 4000, "bert-base": 1500}
+"""Documents, and ten times as many, over which memory is compared."""
 FLAGS = ("avx512_bf16", "amx_bf16", "avx512_vnni")
 """What of a CPU's instructions decides the speed."""
 
@@ -262,7 +262,7 @@ def measured(shape: str, texts: Sequence[str], folder: Path, device: str, asked:
     trial = write(texts[: min(N_TRIED[shape], len(texts) // asked.slices)], folder / "trial.parquet")
     task = Task(model.encoder, model.folder, model.pooling, str(trial), device, {})
     scored, peaks = take_turns(parts, tasks(task, asked), task, folder)
-    growth = rss(task, texts, folder)
+    growth = rss(task, texts, folder, N_IN_MEMORY[shape])
     return {**of_corpus(texts, model), **figures(scored, parts, model, statistics.median(peaks)), **growth}
 
 
@@ -309,11 +309,11 @@ def rotated(names: list[str], by: int) -> list[str]:
     return names[by:] + names[:by]
 
 
-def rss(task: Task, texts: Sequence[str], folder: Path) -> dict[str, float]:
+def rss(task: Task, texts: Sequence[str], folder: Path, n_documents: int) -> dict[str, float]:
     """The most memory that a process holds for some documents, and by how much more for ten times as many."""
     task = task._replace(student=str(folder / "short"), settings=OURS["gristmill"])
     peaks = []
-    for n in (MEMORY["documents"], 10 * MEMORY["documents"]):
+    for n in (n_documents, 10 * n_documents):
         file = long_documents(texts, n, folder / f"long-{n}.parquet")
         with started("gristmill", task) as side:
             peaks.append(side.ask(file=str(file), scored_file=str(folder / "scored.parquet"))["peak_rss_mb"])
