@@ -227,7 +227,7 @@ class Encoder(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the encoder; auto is bfloat16 where the hardware multiplies it and float32 elsewhere."""
     engine: Literal["packed", "plain", "exact"] = "packed"
-    """How it computes: packed, over texts one after the other without padding, where its architecture is known, else
+    """How it computes: packed, over texts one after the other, where its architecture is known, else
     plain; plain, by transformers in padded batches; exact, by transformers in float32, one window at a time, bit for
     bit what the model gives for it alone."""
     device: Annotated[str | None, OPERATIONAL] = None

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from pipeline import score, student
 from pipeline.config import Recipe
+from pipeline.forward import batches
 
 Answer = dict[str, Any]
 Floats = NDArray[np.float32]
@@ -184,7 +185,7 @@ def inferred(queue: Any, tokenizer: Any, texts: Sequence[str]) -> Floats:
         found.update(zip(batch, request.get_output_tensor().data.copy(), strict=True))
 
     queue.set_callback(keep)
-    for batch in batches([len(row) for row in rows]):
+    for batch in batches(np.array([len(row) for row in rows]), BATCH_TOKENS):
         ids = np.zeros((len(batch), max(len(rows[i]) for i in batch)), np.int64)
         mask = np.zeros_like(ids)
         for row, i in enumerate(batch):
@@ -192,18 +193,6 @@ def inferred(queue: Any, tokenizer: Any, texts: Sequence[str]) -> Floats:
         queue.start_async([ids, mask], batch)
     queue.wait_all()
     return np.stack([found[i] for i in range(len(rows))])
-
-
-def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of texts of rising length, at most BATCH_TOKENS tokens together with their padding."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and (len(batch) + 1) * lengths[i] > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def pooled(states: Any, mask: Any, task: Task) -> Any:
