@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import config, forward, models, windows
+from pipeline import config, forward, models, packed, windows
 from pipeline.errors import UserError, needs
 from pipeline.forward import Embeddings
 from pipeline.lanes import Lane, gathered
@@ -55,6 +55,7 @@ class Encoder:
         device = models.pick_device(settings.device)
         self.devices = models.each(device)
         self.model = load(settings, self.devices[0])
+        self.dtype = models.pick_dtype(rounding(settings), self.devices[0])
         self.tokenizer: Any = self.model.tokenizer
         self.reader = reader(self.tokenizer)
         self.max_tokens = min(settings.max_tokens, positions(self.model) or settings.max_tokens)
@@ -71,7 +72,7 @@ class Encoder:
     def fingerprint(self) -> str:
         """16 hex digits of all that decides an embedding, but for the rounding of another device, engine or batch."""
         kind = [weights(self.model), architecture(self.model), vocabulary(self.tokenizer)]
-        return config.digest([*kind, self.max_tokens, self.settings.windows])
+        return config.digest([*kind, str(self.dtype), self.max_tokens, self.settings.windows])
 
     @cached_property
     def dim(self) -> int:
@@ -186,7 +187,7 @@ def nothing(dim: int) -> Embedded:
 def load(settings: config.Encoder, device: str) -> Any:
     """The encoder as sentence-transformers modules, without the heads of a student."""
     name = models.locate(settings.model, "encoder.model")
-    dtype = "float32" if settings.engine == "exact" else settings.dtype
+    dtype = "float32" if is_packed_family(name, settings) else rounding(settings)  # packs round for themselves
     sentence_transformers = needs("sentence_transformers", "torch")
     damaged = needs("safetensors", "torch").SafetensorError
     try:
@@ -207,6 +208,22 @@ def load(settings: config.Encoder, device: str) -> Any:
     if settings.pooling:
         pool(model, settings)
     return model
+
+
+def rounding(settings: config.Encoder) -> str:
+    """The precision in which the encoder computes."""
+    return "float32" if settings.engine == "exact" else settings.dtype
+
+
+def is_packed_family(name: str, settings: config.Encoder) -> bool:
+    """Whether a model may go over packs, by its config.json; false where that lies elsewhere, or is damaged."""
+    if settings.engine != "packed":
+        return False
+    try:
+        kind = needs("transformers", "torch").AutoConfig.from_pretrained(name, revision=settings.revision)
+    except (OSError, ValueError, KeyError):
+        return False
+    return kind.model_type in packed.FAMILIES
 
 
 def check_tokenizer(tokenizer: Any, settings: config.Encoder) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import config, packed
+from pipeline import config, models, packed
 from pipeline.errors import UserError, needs
 from pipeline.lanes import Lane, compiled, gathered, sent
 from pipeline.packed import Pack
@@ -64,14 +64,15 @@ class Padded:
 class Packs:
     """Over packs, in the order given."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, dtype: Any) -> None:
         self.torch = needs("torch", "torch")
-        self.packed = packed.Packed(model[0].auto_model, packed.pooling_of(model) or "mean")
+        self.packed = packed.Packed(model[0].auto_model, packed.pooling_of(model) or "mean", dtype)
         self.further = list(model)[2:]
         self.device = model.device
         self.has_one_shape = self.device.type in ONE_SHAPE
-        self.unit_texts = 1024 if self.has_one_shape else 32
-        """A dozen packs where they are filled, for the last of them is partly empty; few, where they are not."""
+        self.unit_texts = 1024 if self.has_one_shape else 16
+        """A dozen packs where they are filled, for the last of them is partly empty; few, where they are not, so that
+        all threads are busy to the end."""
 
     def cut(self, lengths: Lengths, batch_tokens: int) -> Iterator[list[int]]:
         """Indices of windows of such lengths, in packs."""
@@ -92,7 +93,7 @@ class Packs:
         """Compiles what layers do with each slot by itself: bias and GELU become one, sum and normalisation too."""
         over = self.packed
         with self.torch.inference_mode():
-            zeros = over.embeddings.word_embeddings.weight.new_zeros(2, batch_tokens, over.hidden)
+            zeros = self.torch.zeros(2, batch_tokens, over.hidden, dtype=over.dtype, device=self.device)
             over.feed_slots = compiled(over.feed, over.layers[0], *zeros.unbind())
 
 
@@ -135,19 +136,21 @@ def pick(model: Any, settings: config.Encoder, max_tokens: int) -> Lane:
     plain = Lane(Padded(model), batch_tokens, max_tokens)
     if settings.engine != "packed":
         return plain
-    reason = packed.why_not(model)
+    dtype = models.pick_dtype(settings.dtype, str(model.device))
+    reason = packed.why_not(model, dtype)
     if reason is None:
-        over_packs = packing(model, settings, max_tokens)
-        reason = None if agree(model, over_packs, plain) else "over packs its embeddings are others"
-    if reason is not None:
-        log.info("encoder: %s runs in plain padded batches: %s", settings.model, reason)
-        return plain
-    return over_packs
+        over_packs = packing(model, dtype, settings, max_tokens)
+        if agree(model, dtype, over_packs, plain):
+            return over_packs
+        reason = "over packs its embeddings are others"
+    log.info("encoder: %s runs in plain padded batches: %s", settings.model, reason)
+    is_rounded = next(model.parameters()).dtype is dtype
+    return plain if is_rounded else Lane(Padded(copy.deepcopy(model).to(dtype)), batch_tokens, max_tokens)
 
 
-def packing(model: Any, settings: config.Encoder, max_tokens: int) -> Lane:
+def packing(model: Any, dtype: Any, settings: config.Encoder, max_tokens: int) -> Lane:
     """A lane over packs, its layers compiled where all packs have one shape."""
-    packs, pack_tokens = Packs(model), settings.batch_tokens or PACK_TOKENS[model.device.type]
+    packs, pack_tokens = Packs(model, dtype), settings.batch_tokens or PACK_TOKENS[model.device.type]
     if packs.has_one_shape:
         if pack_tokens < max_tokens:
             raise UserError(
@@ -165,12 +168,12 @@ def is_independent(lane: Lane, settings: config.Encoder) -> bool:
     return over_packs_on_cpu or settings.engine == "exact"
 
 
-def agree(model: Any, over_packs: Lane, plain: Lane) -> bool:
+def agree(model: Any, dtype: Any, over_packs: Lane, plain: Lane) -> bool:
     """Whether both ways give the same embeddings of some random tokens, but for rounding."""
-    weight = model[0].auto_model.get_input_embeddings().weight
+    n_words = len(model[0].auto_model.get_input_embeddings().weight)
     rng = np.random.default_rng(0)
     n_tokens = (min(n, plain.max_tokens) for n in (48, 5, 21))
-    rows = [rng.integers(len(weight), size=n).astype(np.int32) for n in n_tokens]
+    rows = [rng.integers(n_words, size=n).astype(np.int32) for n in n_tokens]
     ours, own = (gathered(lane.launch(rows, Effort())) for lane in (over_packs, plain))
     cosines = (ours * own).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(own, axis=1)
-    return bool((1 - cosines < FURTHEST[str(weight.dtype).removeprefix("torch.")]).all())
+    return bool((1 - cosines < FURTHEST[str(dtype).removeprefix("torch.")]).all())

@@ -76,24 +76,25 @@ class Layer(NamedTuple):
 
     qkv: "Linear"
     out: "Linear"
-    norm: Any
+    norm: "Norm"
     up: "Linear"
     down: "Linear"
-    last_norm: Any
+    last_norm: "Norm"
 
 
 class Packed:
-    """Token states of a transformers model of BERT's shape, pooled, pack by pack."""
+    """Token states of a transformers model of BERT's shape, pooled, pack by pack. Matrices are multiplied in `dtype`;
+    normalisation keeps the weights that the model has, for there rounding would shift all scores alike."""
 
-    def __init__(self, model: Any, pooling: str) -> None:
+    def __init__(self, model: Any, pooling: str, dtype: Any) -> None:
         self.torch = needs("torch", "torch")
         config, weight = model.config, model.embeddings.word_embeddings.weight
         heads, dims = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-        self.embeddings, self.hidden = model.embeddings, config.hidden_size
+        self.embeddings, self.hidden, self.dtype = model.embeddings, config.hidden_size, dtype
         self.padding = padding_of(model.embeddings)
-        self.layers = [layer_of(layer) for layer in model.encoder.layer]
+        self.layers = [layer_of(layer, dtype) for layer in model.encoder.layer]
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.attend: Attention = attention.pick(heads, dims, weight.dtype, weight.device.type)
+        self.attend: Attention = attention.pick(heads, dims, dtype, weight.device.type)
         self.pooling = pooling
         self.feed_slots: Callable[[Layer, Any, Any], Any] = self.feed
         """`feed` for all slots of a pack; may be compiled."""
@@ -114,7 +115,7 @@ class Packed:
         """Embeddings of the tokens before the first layer (n_tokens, hidden)."""
         tables = self.embeddings
         x = tables.word_embeddings(pack.ids) + tables.token_type_embeddings.weight[0]
-        return tables.LayerNorm(x + tables.position_embeddings(pack.positions + self.padding + 1))
+        return tables.LayerNorm(x + tables.position_embeddings(pack.positions + self.padding + 1)).to(self.dtype)
 
     def attended(self, layer: Layer, x: Any, pack: Pack) -> Any:
         """What the layer's attention makes of each token (n_tokens, hidden)."""
@@ -129,10 +130,10 @@ class Packed:
 class Linear:
     """Dense layers that read the same input, as one; in oneDNN's own layout where torch has it."""
 
-    def __init__(self, *parts: Any) -> None:
+    def __init__(self, dtype: Any, *parts: Any) -> None:
         self.torch = needs("torch", "torch")
-        self.weight = self.torch.cat([part.weight.detach() for part in parts])
-        self.bias = self.torch.cat([part.bias.detach() for part in parts])
+        self.weight = self.torch.cat([part.weight.detach().to(dtype) for part in parts])
+        self.bias = self.torch.cat([part.bias.detach().to(dtype) for part in parts])
         self.is_laid_out = lays_out(self.weight)
         if self.is_laid_out:
             self.weight = self.torch.ops.mkldnn._reorder_linear_weight(self.weight, TOKENS_TO_LAY_OUT_FOR)
@@ -159,6 +160,21 @@ class Linear:
         return linear(x, self.weight, self.bias, kind, [], algorithm)
 
 
+class Norm:
+    """Layer normalisation with weights in float32 of states in any precision, which it keeps."""
+
+    def __init__(self, module: Any) -> None:
+        self.normalised = needs("torch", "torch").nn.functional.layer_norm
+        weight, bias = (parameter.detach().float() for parameter in (module.weight, module.bias))
+        self.further = (module.normalized_shape, weight, bias, module.eps)
+
+    def __call__(self, x: Any) -> Any:
+        """States (n, hidden), each row normalised."""
+        if x.is_cuda:  # takes no weights of another precision
+            return self.normalised(x.float(), *self.further).to(x.dtype)
+        return self.normalised(x, *self.further)
+
+
 TOKENS_TO_LAY_OUT_FOR = 4096
 """Rows that oneDNN chooses its layout for; any number may come."""
 
@@ -174,16 +190,16 @@ def lays_out(weight: Any) -> bool:
     )
 
 
-def layer_of(layer: Any) -> Layer:
+def layer_of(layer: Any, dtype: Any) -> Layer:
     """The weights of a transformers layer."""
     own = layer.attention.self
     return Layer(
-        qkv=Linear(own.query, own.key, own.value),
-        out=Linear(layer.attention.output.dense),
-        norm=layer.attention.output.LayerNorm,
-        up=Linear(layer.intermediate.dense),
-        down=Linear(layer.output.dense),
-        last_norm=layer.output.LayerNorm,
+        qkv=Linear(dtype, own.query, own.key, own.value),
+        out=Linear(dtype, layer.attention.output.dense),
+        norm=Norm(layer.attention.output.LayerNorm),
+        up=Linear(dtype, layer.intermediate.dense),
+        down=Linear(dtype, layer.output.dense),
+        last_norm=Norm(layer.output.LayerNorm),
     )
 
 
@@ -196,10 +212,10 @@ def padding_of(embeddings: Any) -> int:
 # -- which models -----------------------------------------------------------------------------------------------------
 
 
-def why_not(model: Any) -> str | None:
-    """Why sentence-transformers modules cannot run over packs; None if they can."""
+def why_not(model: Any, dtype: Any) -> str | None:
+    """Why sentence-transformers modules cannot run over packs in a precision; None if they can."""
     torch, auto = needs("torch", "torch"), model[0].auto_model
-    config, weight = auto.config, next(auto.parameters())
+    config, device = auto.config, model.device
     if config.model_type not in FAMILIES:
         return f"{config.model_type} is another architecture than {', '.join(FAMILIES)}"
     odd = config.model_type == "electra" and config.embedding_size != config.hidden_size
@@ -207,11 +223,11 @@ def why_not(model: Any) -> str | None:
         return f"its {config.model_type} is of an unusual kind"
     if pooling_of(model) is None:
         return "its pooling is neither cls nor mean"
-    if weight.device.type == "cuda":
-        fits = weight.dtype is not torch.float32 and attention.has_varlen() and flash_runs(weight.device, config)
+    if device.type == "cuda":
+        fits = dtype is not torch.float32 and attention.has_varlen() and flash_runs(device, config)
         return None if fits else "on CUDA packs need half precision, torch 2.10 or later, and an Ampere GPU or later"
-    fits = weight.device.type == "cpu" and weight.dtype is not torch.float16
-    return None if fits else f"not written for {weight.device.type} in {weight.dtype}"
+    fits = device.type == "cpu" and dtype is not torch.float16
+    return None if fits else f"not written for {device.type} in {dtype}"
 
 
 def flash_runs(device: Any, config: Any) -> bool:

@@ -88,6 +88,19 @@ def test_bfloat16_differs_by_its_rounding_only(tiny_encoder: Path, tmp_path: Pat
     assert isinstance(way(made), forward.Packs) and 0.999 < cosines.min() < 1
 
 
+def test_bfloat16_keeps_normalisation_unrounded(tiny_encoder: Path, tmp_path: Path, texts: list[str]):
+    folder = saved(tmp_path, "Bert", OF_BERT, tiny_encoder)
+    model = AutoModel.from_pretrained(folder)
+    for name, weight in model.named_parameters():
+        if name.endswith("LayerNorm.weight"):
+            torch.nn.init.constant_(weight, 1.003)  # 1 in bfloat16
+    model.save_pretrained(folder)
+    exact = np.linalg.norm(alone(folder, encoder(folder, pooling="cls"), texts[:20], "cls"), axis=1)
+    packs, plain = (encoder(folder, dtype="bfloat16", pooling="cls", engine=engine) for engine in ("packed", "plain"))
+    shifts = [np.mean(np.linalg.norm(made.embed(texts[:20]).vectors, axis=1) / exact - 1) for made in (packs, plain)]
+    assert abs(shifts[0]) < 3e-4 and abs(shifts[1] + 0.003) < 3e-4
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_embedding_does_not_depend_on_neighbours_packs_or_threads(
     dtype: str, tmp_path: Path, tiny_encoder: Path, texts: list[str]
