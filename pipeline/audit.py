@@ -12,8 +12,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline import consensus, corpus, panel, ratings, scored, teacher
-from pipeline.config import Asking, Audit, Filter, Recipe, load_recipe
 from pipeline.config import Corpus as CorpusSettings
+from pipeline.config import Filter, Recipe, load_recipe
 from pipeline.consensus import Verdict
 from pipeline.errors import UserError
 from pipeline.judged import of_scores
@@ -79,7 +79,7 @@ class AuditResult(Result):
 def run(recipe: Recipe, redo: bool = False) -> AuditResult:
     """Rate equally many documents of each stratum of the score, and weight them back."""
     raters = panel.of(recipe)
-    check_budget(limits(recipe.audit), [rater.teacher for rater in raters])
+    check_budget(recipe.audit, [rater.teacher for rater in raters])
     found, shards = scored.locate(recipe, "audit")
     with stage("audit", recipe, inputs(recipe, raters, shards)) as work:
         done = work.finished(AuditResult, redo, (work.folder / "ratings.parquet").exists())
@@ -94,7 +94,7 @@ def run(recipe: Recipe, redo: bool = False) -> AuditResult:
         texts = list(dict.fromkeys(each.document.text for each in drawn))
         with AnswerStore(recipe.run_folder / "rate" / "answers.sqlite") as store:
             calibrate = recipe.rate.calibrate
-            got = panel.collect("audit", raters, texts, store, limits(recipe.audit), calibrate=calibrate)
+            got = panel.collect("audit", raters, texts, store, recipe.audit, calibrate=calibrate)
             said = [panel.opinions(rater, texts, store, got.failed, calibrate) for rater in raters]
         said = [each.about(texts, [one.document.text for one in drawn]) for each in said]
         verdicts = consensus.verdicts(said, recipe.rate.consensus)
@@ -102,11 +102,6 @@ def run(recipe: Recipe, redo: bool = False) -> AuditResult:
         result = summarise(work, survey, judge, n_kept, drawn, said, verdicts, got)
         check_readable(result, work)
         return work.finish(result)
-
-
-def limits(audit: Audit) -> Asking:
-    """The audit's budget in the form of a stage that asks."""
-    return Asking(budget_usd=audit.budget_usd, budget_tokens=audit.budget_tokens, budget_minutes=audit.budget_minutes)
 
 
 def inputs(recipe: Recipe, raters: list[Rater], shards: list[Shard]) -> dict[str, Any]:

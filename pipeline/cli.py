@@ -25,8 +25,8 @@ log = logging.getLogger("gristmill")
 STAGES = ("rate", "train", "score", "filter")
 WITH_PICTURES = ("rate", "train", "score", "cuts", "filter", "report")
 """The same with what only looks at the run."""
-PASSED_THROUGH = {"args", "chat_template_args", "engine_args"}
-"""Settings that hold another library's."""
+PASSED_THROUGH = {"args", "chat_template_args", "engine_args", "space"}
+"""Settings that hold others' names."""
 
 Flat = Parameter(name="*")
 RecipePath = Annotated[Path | None, Parameter(help="Recipe: a YAML file with a section per stage. Flags win over it.")]
@@ -128,6 +128,19 @@ def plan(
     if (folder / "score" / "inputs.json").exists() and not scored:
         log.warning("plan: scoring is not finished, so this is the plan of rating; run gristmill score")
     execute(["cuts" if scored and not rating else "plan"], recipe, given, how)
+
+
+@app.command(sort_key=0)
+def tune(
+    recipe: RecipePath = None,
+    /,
+    *,
+    common: Annotated[Common, Flat] = Common(),  # noqa: B008
+    tune: Annotated[config.Tune, Flat] = config.Tune(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """Before stage 1: the prompt and generation settings that agree best with people, or answer best."""
+    execute(["tune"], recipe, {**flags(common), "tune": flags(tune)}, how)
 
 
 @app.command(sort_key=2)

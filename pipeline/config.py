@@ -80,7 +80,21 @@ class Teacher(Settings):
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 takes the likeliest token each time (prompts that generate)."""
     top_p: Share | None = None
-    """Nucleus sampling share (prompts that generate, temperature above 0)."""
+    """Nucleus sampling: the likeliest tokens with this probability together (prompts that generate, temperature above
+    0)."""
+    top_k: Count | None = None
+    """The likeliest so many tokens (as top_p)."""
+    min_p: Share | None = None
+    """Tokens with at least this share of the likeliest one's probability (as top_p)."""
+    tfs: Share | None = None
+    """Tail-free sampling (as top_p; transformers): the likeliest tokens, as far as their probabilities still bend."""
+    top_a: Share | None = None
+    """Top-a sampling (as top_p; transformers): tokens with at least this times the square of the likeliest one's
+    probability."""
+    repetition_penalty: Positive | None = None
+    """Above 1, tokens that have occurred become less likely (prompts that generate)."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer and are not part of it (prompts that generate)."""
     seed: int = 0
     """Seed of sampled answers."""
     args: dict[str, Any] = {}
@@ -133,7 +147,19 @@ class Teacher(Settings):
     """Price of a million answer tokens."""
 
 
-class Asking(Settings):
+class Budget(Settings):
+    """How much asking may cost."""
+
+    budget_usd: Annotated[Positive | None, OPERATIONAL] = None
+    """Stop, with a result that the same command can extend, before the answers cost more: room is left for those on
+    their way, each taken to cost what the others did on average."""
+    budget_tokens: Annotated[Count | None, OPERATIONAL] = None
+    """The same for prompt and answer tokens together."""
+    budget_minutes: Annotated[Positive | None, OPERATIONAL] = None
+    """The same for the time spent asking, this time."""
+
+
+class Asking(Budget):
     """What is asked about, and how much that may cost."""
 
     sample: Count = 2000
@@ -143,13 +169,6 @@ class Asking(Settings):
     classes of characters) or each source (first folder below corpus.path)."""
     stratum_floor: Count | None = None
     """Instead of equal shares, draw uniformly, but at least so many from each stratum."""
-    budget_usd: Annotated[Positive | None, OPERATIONAL] = None
-    """Stop, with a result that the same command can extend, before the answers cost more: room is left for those on
-    their way, each taken to cost what the others did on average."""
-    budget_tokens: Annotated[Count | None, OPERATIONAL] = None
-    """The same for prompt and answer tokens together."""
-    budget_minutes: Annotated[Positive | None, OPERATIONAL] = None
-    """The same for the time spent asking, this time."""
     max_unscored_rate: Annotated[float, Field(ge=0, le=1), OPERATIONAL] = 0.5
     """Stop if a larger share of what was asked ends without a readable answer."""
 
@@ -196,6 +215,50 @@ class Label(Asking):
     datasets: Path | None = None
     """Text file with a corpus a line (path, and a text column after a tab, if it has another); labelled one after the
     other with the model loaded once, each in a folder of its own."""
+
+
+class Tune(Budget):
+    """Before stage 1: prompts and generation settings are tried on documents whose score or answer is known."""
+
+    gold: Path | None = None
+    """File of human scores, as for rate: the teacher is tuned to rate like them."""
+    gold_column: str | None = None
+    """Instead, a column of the corpus with a known quality (true/false or a number)."""
+    reference: str | None = None
+    """Instead, a column of the corpus with the right answer: the teacher is tuned to answer `template` like it."""
+    template: str | None = None
+    """What is asked, each {{ column }} filled in (with reference)."""
+    sample: Count = 400
+    """Documents with a known score or answer that are used; of more, a uniform draw."""
+    objective: str | None = None
+    """What is maximised. For ratings spearman, kappa, auc or f1; without it auc where the human scores are 0 and 1,
+    else spearman. For answers exact_match, rouge1, rouge2, rougeL, bleu, chrf, a function of sklearn.metrics,
+    evaluate:NAME, or FILE.py:FUNCTION; without it exact_match."""
+    good_from: float | None = None
+    """Human score from which a document counts as good (auc and f1); without it 1 where the human scores are 0 and 1,
+    else the middle of the scale."""
+    usd_weight: NotNegative = 0
+    """Taken off the objective for each US dollar that 1,000 documents cost."""
+    space: dict[str, Any] = {}
+    """What is tried, by name: a list of values, or a range {low: 0, high: 1} with step or log: true. Names are prompt
+    (files), examples (how many known documents stand in the prompt), examples_draw, calibrate, settings of the teacher
+    (temperature, document_tokens, args.NAME), settings of the prompt (prompt.chat), and with reference template."""
+    search: Literal["tpe", "random", "grid"] = "tpe"
+    """How the next trial is chosen: by Optuna's tree-structured Parzen estimator, at random, or all in turn."""
+    trials: Count = 30
+    """Trials, the defaults beside them; those with settings that were tried before don't count."""
+    halving: bool = False
+    """Successive halving: trials begin on an eighth of the documents, and only the better half goes on to twice as
+    many."""
+    workers: Annotated[Count, OPERATIONAL] = 1
+    """Trials at a time (openai); more than one makes the search depend on which is done first."""
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Share of the documents that nothing is chosen on: the winner's figure comes from them."""
+    folds: Annotated[int | None, Field(ge=2)] = None
+    """Instead of holding out a share, cross-validation: on each fold, what was best on the others (search random or
+    grid)."""
+    example_characters: Count = 600
+    """Characters of a known document that stands in the prompt; a longer one is cut, and marked as cut."""
 
 
 class Plan(Settings):
@@ -350,19 +413,13 @@ class Cuts(Settings):
     """Scored documents that are looked at; of a larger corpus a uniform sample of so many."""
 
 
-class Audit(Settings):
+class Audit(Budget):
     """The kept set's quality on the corpus itself: scored documents are rated again by the teacher."""
 
     sample: Count = 300
     """Scored documents that are rated, drawn from every stratum of the score."""
     strata: Annotated[int, Field(ge=2)] = 10
     """Strata of the score, with equally many documents of the corpus each."""
-    budget_usd: Annotated[Positive | None, OPERATIONAL] = None
-    """As for rate."""
-    budget_tokens: Annotated[Count | None, OPERATIONAL] = None
-    """As for rate."""
-    budget_minutes: Annotated[Positive | None, OPERATIONAL] = None
-    """As for rate."""
 
 
 class Report(Settings):
@@ -400,6 +457,7 @@ class Common(Settings):
 class Recipe(Common):
     """A whole run: a section per stage."""
 
+    tune: Tune = Tune()
     plan: Plan = Plan()
     rate: Rate = Rate()
     label: Label = Label()

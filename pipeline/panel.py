@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from pipeline import config, prompts, teacher
-from pipeline.config import Asking, Rate, Recipe, Teacher
+from pipeline.config import Budget, Rate, Recipe, Teacher
 from pipeline.engines import engine
 from pipeline.engines.layout import NoRoom
 from pipeline.errors import Pending, SettingsError, UserError, required
@@ -198,7 +198,7 @@ def collect(
     raters: list[Rater],
     texts: list[str],
     store: AnswerStore,
-    limits: Asking,
+    limits: Budget,
     start: Start = engine,
     calibrate: bool = False,
 ) -> Collected:

@@ -177,6 +177,12 @@ class Prompt(Settings):
         before, after = self.around()
         return [*system, {"role": "user", "content": before + document + after}]
 
+    def plain(self, document: str) -> str:
+        """All of it as one text, for models without a chat template."""
+        system = f"{self.system}\n\n" if self.system else ""
+        before, after = self.around()
+        return f"{system}{before}{document}{after}"
+
     def around(self) -> tuple[str, str]:
         """The body before and after the document, labels and choices filled in."""
         labels = self.labels.listed(self.order) if self.labels else ""

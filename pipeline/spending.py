@@ -5,7 +5,7 @@ import math
 import time
 from typing import Any, NamedTuple
 
-from pipeline.config import Asking, Teacher
+from pipeline.config import Budget, Teacher
 from pipeline.errors import UserError
 from pipeline.teacher import Answer
 
@@ -37,7 +37,7 @@ class Cost(NamedTuple):
 class Spending:
     """Tokens, money and time of recorded answers against a budget."""
 
-    def __init__(self, limits: Asking) -> None:
+    def __init__(self, limits: Budget) -> None:
         self.limits = limits
         self.by_teacher: dict[str, Cost] = {}
         self.n_asked = self.n_paid_now = 0
@@ -127,7 +127,7 @@ def has_prices(teacher: Teacher) -> bool:
     return None not in (teacher.usd_per_million_prompt_tokens, teacher.usd_per_million_answer_tokens)
 
 
-def check_budget(limits: Asking, teachers: list[Teacher]) -> None:
+def check_budget(limits: Budget, teachers: list[Teacher]) -> None:
     """A budget in dollars needs prices, and any budget needs answers that come while it can still stop."""
     given = [name for name in ("budget_usd", "budget_tokens", "budget_minutes") if getattr(limits, name) is not None]
     for teacher in teachers:

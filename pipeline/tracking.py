@@ -28,6 +28,7 @@ class Result(BaseModel):
 
 
 MADE_FROM = {
+    "tune": ("corpus", "teacher", "rate", "tune"),
     "rate": ("corpus", "teacher", "rate"),
     "label": ("corpus", "teacher", "label"),
     "train": ("encoder", "train"),

@@ -102,9 +102,7 @@ class Words:
 
     def text(self, document: str) -> Request:
         """A plain completion."""
-        before, after = self.prompt.around()
-        system = f"{self.prompt.system}\n\n" if self.prompt.system else ""
-        text = system + before + document + after + self.prompt.answer_start
+        text = self.prompt.plain(document) + self.prompt.answer_start
         options = {**sampling(self.prompt, self.settings), **self.rivals({"logprobs": self.settings.top_logprobs})}
         if self.server.is_vllm:
             options |= form(self.prompt, self.settings, self.server)

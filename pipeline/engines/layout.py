@@ -105,7 +105,7 @@ def document_tokenizer(tokenizer: Any) -> Any:
 
 def pieces(tokenizer: Any, prompt: Prompt, teacher: Teacher, decoder_start: list[int]) -> Pieces:
     """The token ids that enclose every document; `decoder_start` is empty for causal models."""
-    rendered = render(tokenizer, prompt, teacher) if prompt.chat else raw(prompt)
+    rendered = render(tokenizer, prompt, teacher) if prompt.chat else prompt.plain(SENTINEL)
     head, found, tail = rendered.partition(SENTINEL)
     if not found or SENTINEL in tail:
         raise UserError(f"prompt {prompt.name}: the chat template of {teacher.model} does not show the document once")
@@ -131,13 +131,6 @@ def render(tokenizer: Any, prompt: Prompt, teacher: Teacher) -> str:
     except jinja2.TemplateError as error:
         raise UserError(f"prompt {prompt.name}: the chat template of {teacher.model} refuses it ({error})") from None
     return str(rendered)
-
-
-def raw(prompt: Prompt) -> str:
-    """The prompt without a chat template."""
-    system = f"{prompt.system}\n\n" if prompt.system else ""
-    before, after = prompt.around()
-    return f"{system}{before}{SENTINEL}{after}"
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
