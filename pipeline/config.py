@@ -228,6 +228,12 @@ class Tune(Budget):
     """Instead, a column of the corpus with the right answer: the teacher is tuned to answer `template` like it."""
     template: str | None = None
     """What is asked, each {{ column }} filled in (with reference)."""
+    system: str | None = None
+    """System turn before the template; an empty one keeps a chat template from adding its own."""
+    answer_start: str = ""
+    """What an answer to the template is made to begin with; it is no part of the answer."""
+    chat: bool = True
+    """Ask the template in the model's chat template; false sends it as it is."""
     sample: Count = 400
     """Documents with a known score or answer that are used; of more, a uniform draw."""
     objective: str | None = None
@@ -240,9 +246,10 @@ class Tune(Budget):
     usd_weight: NotNegative = 0
     """Taken off the objective for each US dollar that 1,000 documents cost."""
     space: dict[str, Any] = {}
-    """What is tried, by name: a list of values, or a range {low: 0, high: 1} with step or log: true. Names are prompt
+    """What is tried, by name: a list of values, or a range {low: 0.5, high: 1} (step, log: true). Names are prompt
     (files), examples (how many known documents stand in the prompt), examples_draw, calibrate, settings of the teacher
-    (temperature, document_tokens, args.NAME), settings of the prompt (prompt.chat), and with reference template."""
+    (temperature, document_tokens, args.NAME), settings of the prompt (prompt.chat), and with reference template,
+    system, answer_start and chat."""
     search: Literal["tpe", "random", "grid"] = "tpe"
     """How the next trial is chosen: by Optuna's tree-structured Parzen estimator, at random, or all in turn."""
     trials: Count = 30

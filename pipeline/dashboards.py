@@ -1,4 +1,4 @@
-"""Weights & Biases or Trackio, when asked: a stage's numbers, examples, the report and the student."""
+"""Weights & Biases or Trackio, when asked: a stage's numbers, trials, examples, the report and the student."""
 
 import logging
 import sys
@@ -8,9 +8,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline import examples
+from pipeline import examples, tried
 from pipeline.config import Recipe
 from pipeline.errors import needs
+from pipeline.tracking import read_json
 
 log = logging.getLogger("gristmill")
 
@@ -60,26 +61,38 @@ START = {"wandb": for_wandb, "trackio": for_trackio}
 
 
 def to_look_at(tracker: ModuleType, stage: str, recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    """A table of examples, or the report's page."""
-    rows: list[dict[str, Any]] = []
+    """A table of trials or examples, or the report's page."""
+    name, rows = "examples", list[dict[str, Any]]()
+    if stage == "tune":
+        name, rows = "trials", trials(recipe.run_folder)
     if stage == "rate":
         rows = examples.rated(recipe.run_folder, N_ROWS)
     if stage == "score":
         rows = examples.scored(recipe, N_ROWS)
     if rows:
-        yield "examples", tracker.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        yield name, tracker.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
     page = recipe.run_folder / "report" / "report.html"
     if stage == "report" and page.exists():
         yield "page", tracker.Html(page.read_text(encoding="utf-8"))
 
 
+def trials(run_folder: Path) -> list[dict[str, Any]]:
+    """A row for each trial of a tuning."""
+    result = read_json(run_folder / "tune" / "result.json") or {}
+    return tried.rows(tried.read(run_folder), str(result.get("objective") or "objective"))
+
+
 def files(stage: str, run_folder: Path) -> list[tuple[str, str, Path]]:
     """Artifacts of a stage: name, kind and where they are."""
-    made = {"train": ("student", "model", "train/student"), "report": ("report", "report", "report/report.html")}
-    if stage not in made or not (run_folder / made[stage][2]).exists():
-        return []
-    name, kind, path = made[stage]
-    return [(f"{run_folder.name}-{name}", kind, run_folder / path)]
+    made = {
+        "tune": [("best", "recipe", "tune/best.yaml")],
+        "train": [("student", "model", "train/student")],
+        "report": [("report", "report", "report/report.html")],
+    }.get(stage, [])
+    if stage == "tune":
+        made += [(path.stem, "prompt", f"tune/{path.name}") for path in sorted((run_folder / "tune").glob("*.md"))]
+    there = [(name, kind, run_folder / path) for name, kind, path in made]
+    return [(f"{run_folder.name}-{name}", kind, path) for name, kind, path in there if path.exists()]
 
 
 def artifact(tracker: ModuleType, name: str, kind: str, path: Path) -> Any:

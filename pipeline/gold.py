@@ -61,17 +61,24 @@ def read(path: Path) -> tuple[list[GoldDocument], int]:
     return scored, n_unscored
 
 
-def documents(gold: Sequence[GoldDocument], sampled: Sequence[Document]) -> list[Document]:
+def documents(
+    gold: Sequence[GoldDocument],
+    sampled: Sequence[Document],
+    setting: str = "rate.gold",
+    place: str = "the sample",
+) -> list[Document]:
     """The documents to rate, with the mean human score as gold; each text once.
 
     One whose id was sampled has the text of the corpus, as spreadsheets shorten long cells, unless its own is another;
-    one that has neither such an id nor a text of its own is left out.
+    one that has neither such an id nor a text of its own is left out. `setting` named the file, and `place` is where
+    the sampled documents are.
     """
     by_id = {document.id: document for document in sampled}
     other = [each.id for each in gold if each.id in by_id and not is_text_of(each, by_id[each.id])]
     if other:
         log.warning(
-            "rate.gold: %d rows, such as id %s, hold another text than the corpus under that id; theirs is rated",
+            "%s: %d rows, such as id %s, hold another text than the corpus under that id; theirs is rated",
+            setting,
             len(other),
             other[0],
         )
@@ -84,10 +91,10 @@ def documents(gold: Sequence[GoldDocument], sampled: Sequence[Document]) -> list
         else:
             found.setdefault(document.text, document)
     if not found:
-        raise UserError(f"rate.gold: none of {len(lost)} ids, such as {lost[0]}, is in the sample; add a column text")
+        raise UserError(f"{setting}: none of {len(lost)} ids, such as {lost[0]}, is in {place}; add a column text")
     if lost:
         log.warning(
-            "rate.gold: %d ids, such as %s, are not in the sample and have no text; left out", len(lost), lost[0]
+            "%s: %d ids, such as %s, are not in %s and have no text; left out", setting, len(lost), lost[0], place
         )
     return list(found.values())
 

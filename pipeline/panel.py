@@ -4,7 +4,7 @@ import difflib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -201,18 +201,20 @@ def collect(
     limits: Budget,
     start: Start = engine,
     calibrate: bool = False,
+    study: Spending | None = None,
 ) -> Collected:
-    """Ask all that the store does not hold, as far as the budget goes; of an empty document first, to `calibrate`."""
-    desk = Desk(store, Spending(limits))
-    paid = {each[0]: each for rater in raters for each in recorded(rater, [*texts, *[""] * calibrate], store)}
-    for _, asked, answer in paid.values():
-        desk.spending.add(asked, [answer])
+    """Ask all that the store does not hold, as far as the budget goes; of an empty document first, to `calibrate`. A
+    `study` asks in many ways for one budget: its spending goes on from call to call, and no call is told of."""
+    desk = Desk(store, Spending(limits) if study is None else study)
+    for rater in raters:
+        count_recorded(rater, texts, store, desk.spending, calibrate)
     n_open = sum(next(rounds(rater, texts, store)).n_open for rater in raters)
-    log.info("%s: %d documents, %d answers there already", stage, len(texts), len(raters) * len(texts) - n_open)
     for rater in raters if n_open else []:
         engine(rater.teacher)
+    if study is None:
+        log.info("%s: %d documents, %d answers there already", stage, len(texts), len(raters) * len(texts) - n_open)
     waiting: list[Pending] = []
-    with progress(stage, n_open) as desk.step:
+    with progress(stage, n_open) if study is None else nullcontext(desk.step) as desk.step:
         for _, group in groupby(raters, key=lambda rater: rater.teacher.model_copy(update={"seed": 0})):
             try:
                 ask(list(group), texts, desk, start, calibrate)
@@ -222,7 +224,7 @@ def collect(
         raise Pending("; ".join(map(str, waiting)))
     if not desk.n_not_asked:
         desk.spending.stopped_by = None
-    else:
+    elif study is None:
         log.warning("%s: stopped by %s; more of it goes on from here", stage, desk.spending.stopped_by)
     return Collected(desk.spending, desk.failed, desk.n_not_asked)
 
@@ -274,7 +276,7 @@ class Desk:
         """Take answers in; says whether the budget allows more. Second askings are no progress."""
         self.store.add(answers)
         self.failed.update(key for key, answer in answers if answer.finish == "failed")
-        self.spending.add(round.teacher, [answer for _, answer in answers], now=True)
+        self.spending.add(round.teacher, answers, now=True)
         self.step(0 if round.again else len(answers))
         return self.spending.left(round.teacher)
 
@@ -325,6 +327,14 @@ def recorded(rater: Rater, texts: list[str], store: AnswerStore) -> list[tuple[s
         for round in rounds(rater, texts, store)
         for key, answer in store.find(question.key for question in round.questions)
     ]
+
+
+def count_recorded(
+    rater: Rater, texts: list[str], store: AnswerStore, spending: Spending, calibrate: bool = False
+) -> None:
+    """Count what has been paid for earlier."""
+    for key, asked, answer in recorded(rater, [*texts, *[""] * calibrate], store):
+        spending.add(asked, [(key, answer)])
 
 
 def opinions(

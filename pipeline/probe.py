@@ -3,7 +3,6 @@
 import base64
 import json
 import logging
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from pipeline import metrics, panel, teacher
 from pipeline.config import Recipe
+from pipeline.few_shot import spelled
 from pipeline.panel import Opinions, Rater
 from pipeline.prompts import Prompt
 from pipeline.reading import read_text
@@ -131,12 +131,6 @@ def effect(before: Opinions, after: Opinions, scale: tuple[float, float]) -> dic
 # -- attacks ----------------------------------------------------------------------------------------------------------
 
 
-HERE = "\0"
-"""Stands where a number goes."""
-GROUP = re.compile(r"(?<!\\)\((?:\?(?:P<\w+>|:))?((?:[^()\\]|\\.)*)\)")
-"""An innermost group of a pattern, and what it holds."""
-
-
 def best_answer(prompt: Prompt) -> str:
     """What the teacher would write to give the highest score."""
     high = prompt.scale[1]
@@ -145,26 +139,8 @@ def best_answer(prompt: Prompt) -> str:
         return prompt.answer_start + best.answers[0]
     if prompt.read == "json":
         return json.dumps({name: top for name, (_, top) in prompt.attributes.items()})
-    tried = [spelled(prompt.pattern).replace(HERE, f"{high:g}"), f"Score: {high:g}", f"{high:g}"]
+    tried = [spelled(prompt.pattern, f"{high:g}"), f"Score: {high:g}", f"{high:g}"]
     return next((answer for answer in tried if read_text(prompt, answer, True).score == high), tried[-1])
-
-
-def spelled(pattern: str) -> str:
-    """What a plain pattern matches, HERE for {number}: an alternative, a colon for \\W and [sets], else spaces."""
-    text = f"({pattern.replace('{number}', HERE)})"
-    while (inside := GROUP.sub(alternative, text)) != text:
-        text = inside
-    text = re.sub(r"\\W|(?<!\\)\[[^\]]*\]", ":", text)
-    text = re.sub(r"\\[a-zA-Z]|(?<!\\)[.^$]", " ", text)
-    text = re.sub(r"\\(.)", r"\1", re.sub(r"(?<!\\)(?:[*+?]|\{[\d,]+\})", "", text))
-    text = " ".join(text.split())
-    return text[:1].upper() + text[1:]
-
-
-def alternative(group: re.Match[str]) -> str:
-    """The one that holds the number, else the first."""
-    parts = re.split(r"(?<!\\)\|", group[1])
-    return next((part for part in parts if HERE in part), parts[0])
 
 
 def order(prompt: Prompt) -> str:

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
+from pipeline import front_matter, storage
 from pipeline.config import Settings, digest
 from pipeline.errors import UserError
 from pipeline.taxonomy import Taxonomy, folded
@@ -32,7 +32,13 @@ TAKEN = {
     *("opinions", "int_score", "student_score", "student_int_score", "weight", "split"),
 }
 """Columns of the ratings and of scored shards that no attribute may be called."""
-READ_BY = {"attributes": ("json",), "main": ("json",), "rationale": ("json", "label"), "regex": ("generate",)}
+READ_BY = {
+    "attributes": ("json",),
+    "main": ("json",),
+    "rationale": ("json", "label"),
+    "regex": ("generate",),
+    "example_answer": ("generate", "json"),
+}
 """Settings that only some ways of reading heed."""
 BREAKS = r"\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029"
 """Everything that ends a line."""
@@ -52,6 +58,14 @@ class Line(Settings):
 
     offset: FiniteFloat
     slope: FiniteFloat = Field(gt=0)
+
+
+class Example(Settings):
+    """A document that the teacher is shown with its answer before it is asked, both as they are."""
+
+    text: str
+    answer: str
+    """What follows answer_start."""
 
 
 class Prompt(Settings):
@@ -94,6 +108,11 @@ class Prompt(Settings):
     """Apply the model's chat template; false sends the text as it is (base models, T5)."""
     order: int = Field(default=0, ge=0)
     """0 lists choices and labels as written, any other number in an order of its own."""
+    examples: tuple[Example, ...] = ()
+    """Documents with their answers, shown as turns of the conversation before the document that is asked about."""
+    example_answer: str | None = None
+    """How the answer of an example that is drawn from human scores is written, {score} where the score goes; without
+    it as the pattern or the attribute reads it (read: generate or json)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -126,13 +145,15 @@ class Prompt(Settings):
     @property
     def digest(self) -> str:
         """Fingerprint of everything in the file."""
-        return digest(self.model_dump(mode="json", exclude={"name"}))
+        aside = {"name"} | {name for name in ("examples", "example_answer") if not getattr(self, name)}
+        return digest(self.model_dump(mode="json", exclude=aside))
 
     @property
     def asked_digest(self) -> str:
         """Fingerprint of what the teacher sees: an answer is good for as long as this stays the same, whatever is
         changed about how it is read."""
-        asked = {"around": self.around(), **self.model_dump(mode="json", include={"system", "answer_start", "chat"})}
+        named = {"system", "answer_start", "chat"} | ({"examples"} if self.examples else set())
+        asked = {"around": self.around(), **self.model_dump(mode="json", include=named)}
         form = self.form._asdict() if self.form else None
         return digest({**asked, "form": form, "candidates": sorted(sorted(choice.answers) for choice in self.choices)})
 
@@ -173,15 +194,23 @@ class Prompt(Settings):
 
     def turns(self, document: str) -> list[dict[str, str]]:
         """The conversation, with the document in its place; the document itself is never searched for places."""
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        said = [("system", self.system)] if self.system is not None else []
+        said += [turn for asked, answer in self.shots() for turn in (("user", asked), ("assistant", answer))]
         before, after = self.around()
-        return [*system, {"role": "user", "content": before + document + after}]
+        said.append(("user", before + document + after))
+        return [{"role": role, "content": content} for role, content in said]
 
     def plain(self, document: str) -> str:
         """All of it as one text, for models without a chat template."""
         system = f"{self.system}\n\n" if self.system else ""
+        shots = "".join(f"{joined(asked, answer)}\n\n" for asked, answer in self.shots())
         before, after = self.around()
-        return f"{system}{before}{document}{after}"
+        return f"{system}{shots}{before}{document}{after}"
+
+    def shots(self) -> list[tuple[str, str]]:
+        """What is asked about each example, and the whole answer."""
+        before, after = self.around()
+        return [(before + each.text + after, self.answer_start + each.answer) for each in self.examples]
 
     def around(self) -> tuple[str, str]:
         """The body before and after the document, labels and choices filled in."""
@@ -198,6 +227,12 @@ class Prompt(Settings):
         for mark in dict.fromkeys(before.rstrip().splitlines()[-1:] + after.lstrip().splitlines()[:1]):
             document = mark_pattern(mark).sub(r"\g<indent>\g<first>\\\g<rest>", document)
         return document
+
+
+def joined(asked: str, answer: str) -> str:
+    """A question and its answer as one text, on a line of its own where nothing parts them."""
+    parted = asked[-1:].isspace() or answer[:1].isspace()
+    return asked + ("" if parted else "\n") + answer
 
 
 def arranged(lines: list[str], order: int) -> list[str]:
@@ -242,6 +277,8 @@ def check_heeded(prompt: Prompt) -> None:
     for name, reads in READ_BY.items():
         if getattr(prompt, name) not in (None, {}) and prompt.read not in reads:
             raise ValueError(f"{name}: read: {prompt.read} ignores it; take it out, or set read: {' or '.join(reads)}")
+    if prompt.example_answer is not None and "{score}" not in prompt.example_answer:
+        raise ValueError(f"example_answer {prompt.example_answer!r} has no {{score}}")
 
 
 def check_pattern(prompt: Prompt) -> None:
@@ -314,21 +351,22 @@ def load(path: Path, setting: str = "rate.prompt") -> Prompt:
         raise UserError(
             f"{setting}: {path} cannot be read ({error}); give a prompt file such as prompts/edu-en.md"
         ) from None
-    match = re.match(r"---\n(.*?)\n---\n(.*)", raw, re.DOTALL)
-    if match is None:
-        raise UserError(f"{path}: no front matter; begin the file with --- lines around its settings")
-    try:
-        front = yaml.safe_load(match[1]) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: the front matter is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(front, dict):
-        raise UserError(f"{path}: the front matter is not a mapping; write one setting: value a line")
+    front, body = front_matter.read(raw, path)
     if isinstance(front.get("labels"), str):
         front["labels"] = load_taxonomy(path.parent / front["labels"])
     try:
-        return Prompt.model_validate({"name": path.stem, **front, "body": match[2].strip()})
+        return Prompt.model_validate({"name": path.stem, **front, "body": body})
     except ValidationError as error:
         raise UserError(f"{path}: {one_line(error)}") from None
+
+
+def write(prompt: Prompt, path: Path) -> None:
+    """Write a prompt file with the settings that differ from the defaults; `load` reads back an equal prompt."""
+    if prompt.body != prompt.body.strip() or "\r" in prompt.body:
+        raise UserError(f"prompt {prompt.name}: no file keeps the white space around its text or its carriage returns")
+    aside = {"body", "name"} if prompt.name == path.stem else {"body"}
+    front = prompt.model_dump(mode="json", exclude=aside, exclude_defaults=True)
+    storage.write_text(path, front_matter.written(front, prompt.body))
 
 
 def one_line(error: ValidationError) -> str:
@@ -338,7 +376,7 @@ def one_line(error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        known = [*Prompt.model_fields, *Choice.model_fields, *Line.model_fields]
+        known = [*Prompt.model_fields, *Choice.model_fields, *Line.model_fields, *Example.model_fields]
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         message = "no such setting" + (f"; did you mean {near[0]}?" if near else "")
     elif first["type"] == "string_type":

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import charts, corpus, examples, shortcuts, summary, verdict
+from pipeline import charts, corpus, examples, shortcuts, summary, tried, tune_charts, verdict
 from pipeline.config import Recipe, digest, load_recipe, to_yaml
 from pipeline.errors import SettingsError, needs
 from pipeline.examples import Looked, Row
@@ -23,6 +23,7 @@ log = logging.getLogger("gristmill")
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 STAGES = {
     "plan": "gristmill plan",
+    "tune": "gristmill tune",
     "rate": "gristmill rate",
     "probe": "gristmill rate --probe",
     "label": "gristmill label",
@@ -35,6 +36,8 @@ STAGES = {
 }
 """Stages in the order of the page, and the command that makes each."""
 LINKS = (
+    "tune/best.yaml",
+    "tune/trials.jsonl",
     "rate/ratings.parquet",
     "label/labels.parquet",
     "train/predictions.parquet",
@@ -187,6 +190,8 @@ def content(
         "states": states,
         "commands": {name: f"{command} {recipe_of(folder)}" for name, command in STAGES.items()},
         **results,
+        "tuning": tune_charts.page(folder, results.get("tune", {})),
+        "further": summary.further({"run_folder": folder, "tune": states["tune"]}),
         "answers": answers(recipe),
         "targets": [target(name, each) for name, each in (results.get("train", {}).get("targets") or {}).items()],
         "charts": charts.of_run(results, found, scale, cut_of(results)),
@@ -220,7 +225,8 @@ def stage_line(name: str, values: Values) -> Values:
         "begun": begun,
         "documents": n,
         "seconds": seconds,
-        "speed": values.get("docs_per_s", n / seconds if n and seconds else None),
+        # tune asks about each document many times
+        "speed": values.get("docs_per_s", n / seconds if n and seconds and name != "tune" else None),
         "usd": values.get("usd"),
     }
 
@@ -310,6 +316,7 @@ def shade(value: float, highest: float) -> str:
 
 FILTERS: dict[str, Callable[..., Any]] = {
     "figure": told(lambda value: f"{value:.2f}"),
+    "precise": told(lambda value: f"{value:.3f}"),
     "scientific": told(lambda value: f"{value:.1e}"),
     "count": told(lambda value: f"{value:,.0f}"),
     "percent": told(lambda value: f"{value:.1%}"),
@@ -320,6 +327,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "hours": told(summary.duration),
     "ranged": ranged,
     "gist": gist,
+    "words": tried.words,
     "shade": shade,
     "beginning": lambda text: beginning(text or "", CHARACTERS),
 }

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import threading
 import time
 from typing import Any, NamedTuple
 
@@ -37,9 +38,15 @@ class Cost(NamedTuple):
 class Spending:
     """Tokens, money and time of recorded answers against a budget."""
 
-    def __init__(self, limits: Budget) -> None:
-        self.limits = limits
+    def __init__(self, limits: Budget, n_askers: int = 1) -> None:
+        self.limits, self.n_askers = limits, n_askers
+        """How many ask at a time."""
+        self.lock = threading.Lock()
         self.by_teacher: dict[str, Cost] = {}
+        self.counted: set[str] = set()
+        """Keys of the answers that are in."""
+        self.n_reserved = 0
+        """Answers that room is kept for, each taken to cost what the others did on average."""
         self.n_asked = self.n_paid_now = 0
         self.stopped_by: str | None = None
         """The budget that left questions out."""
@@ -52,9 +59,15 @@ class Spending:
         """Of all teachers."""
         return functools.reduce(Cost.plus, self.by_teacher.values(), Cost())
 
-    def add(self, teacher: Teacher, answers: list[Answer], now: bool = False) -> None:
-        """Count answers; `now`: they have just been paid for, not recorded earlier."""
-        paid = [answer for answer in answers if answer.finish not in ("failed", "not_asked")]
+    def add(self, teacher: Teacher, answers: list[tuple[str, Answer]], now: bool = False) -> None:
+        """Count answers by key; `now`: they have just been paid for. One recorded earlier counts once."""
+        with self.lock:
+            self.count(teacher, [each for each in answers if now or each[0] not in self.counted], now)
+
+    def count(self, teacher: Teacher, answers: list[tuple[str, Answer]], now: bool) -> None:
+        """Count answers, failed ones as asked only."""
+        paid = [answer for _, answer in answers if answer.finish not in ("failed", "not_asked")]
+        self.counted.update(key for key, _ in answers)
         prompt = sum(answer.prompt_tokens for answer in paid)
         written = sum(answer.answer_tokens for answer in paid)
         before, more = self.of(teacher), Cost(len(paid), prompt, written, cost(teacher, prompt, written))
@@ -71,11 +84,11 @@ class Spending:
 
     def left(self, teacher: Teacher) -> bool:
         """Whether one more question to this teacher fits in, taken to cost what its answers have cost on average."""
-        total, own = self.total, self.of(teacher)
+        total, own, more = self.total, self.of(teacher), 1 + self.n_reserved
         spent = {
-            "budget_usd": total.usd + own.usd / max(own.n, 1),
-            "budget_tokens": total.tokens + own.tokens / max(own.n, 1),
-            "budget_minutes": (time.monotonic() - self.begin) / 60,
+            "budget_usd": total.usd + more * own.usd / max(own.n, 1),
+            "budget_tokens": total.tokens + more * own.tokens / max(own.n, 1),
+            "budget_minutes": (time.monotonic() - self.begin + self.reserved_s) / 60,
         }
         given = {name: getattr(self.limits, name) for name in spent}
         self.stopped_by = next((name for name, most in given.items() if most is not None and spent[name] > most), None)
@@ -91,7 +104,13 @@ class Spending:
             return 1
         sides = ((limits.budget_usd, total.usd, own.usd), (limits.budget_tokens, total.tokens, own.tokens))
         fit = [(limit - spent) / paid for limit, spent, paid in sides if limit is not None and paid]
-        return max(1.0, CERTAIN * own.n * min(fit, default=math.inf))
+        return max(1.0, (CERTAIN * own.n * min(fit, default=math.inf) - self.n_reserved) / self.n_askers)
+
+    @property
+    def reserved_s(self) -> float:
+        """Seconds that the reserved answers will take, as far as that is known yet."""
+        speed, total = self.tokens_per_s, self.total
+        return self.n_reserved * total.tokens / max(total.n, 1) / speed if speed else 0.0
 
     @property
     def tokens_per_s(self) -> float | None:

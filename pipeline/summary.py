@@ -1,5 +1,6 @@
 """What a run did, for a person at a terminal."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline import tried
 from pipeline.errors import UserError
 from pipeline.pictures import short
 from pipeline.teacher import AnswerStore
@@ -39,6 +41,28 @@ def show(values: Values) -> None:
                 no_wrap=True,
             )
     console.print(f"run folder: {values['run_folder']}", markup=False)
+    show_further(console, values)
+
+
+def further(values: Values) -> dict[str, str]:
+    """Commands that go on from a tuning, by what they do."""
+    if "tune" not in values:
+        return {}
+    folder = Path(values["run_folder"]) / "tune"
+    commands = {
+        "rate like the best": (folder / "best.yaml", f"gristmill rate {shlex.quote(str(folder / 'best.yaml'))}"),
+        "look at the trials": (
+            folder / "study.sqlite",
+            f"optuna-dashboard {shlex.quote(f'sqlite:///{folder}/study.sqlite')}",
+        ),
+    }
+    return {what: command for what, (path, command) in commands.items() if path.exists()}
+
+
+def show_further(console: Console, values: Values) -> None:
+    """Commands on lines of their own, which a terminal does not break, to be copied."""
+    for what, command in further(values).items():
+        console.print(f"to {what}: {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 def documents(result: Values) -> int:
@@ -48,6 +72,7 @@ def documents(result: Values) -> int:
         or result.get("n_audited")
         or result.get("n_sampled")
         or result.get("n_rows")
+        or result.get("n_gold")
         or sum(result.get(name, 0) for name in PARTS)
     )
 
@@ -65,6 +90,31 @@ def tell_plan(result: Values) -> str:
     if result["n_recorded"] and result["usd"] is not None:
         lines.append(f"still to pay: {dollars(result['usd_left'])}")
     return "\n".join(lines)
+
+
+def tell_tune(result: Values) -> str:
+    """What was found, how good it is where nothing was chosen, and what it took."""
+    objective, best, default = result["objective"], result["best"], result["default"]
+    found = "the defaults" if best["number"] == tried.DEFAULTS else f"trial {best['number']}"
+    counts = ", ".join(f"{result[f'n_{state}']} {state}" for state in ("complete", "pruned", "failed"))
+    lines = [
+        escape(result["sentence"]),
+        f"{escape(tried.called(objective))} on {result['n_held_out']:,} held out: best {beside(best, objective)},"
+        f" default {beside(default, objective)}",
+        escape(f"best is {found}: {tried.settings(best['params'])}".rstrip(": ")),
+        *people(result["ceiling"]),
+        f"{result['n_trials']} trials: {counts}",
+        *stopped(result),
+        f"asked {result['n_asked']:,}, reused {result['n_reused']:,} answers;"
+        f" {tokens(result['prompt_tokens'] + result['answer_tokens'])}"
+        + ("" if result["usd"] is None else f", {dollars(result['usd'])}"),
+    ]
+    return "\n".join(lines)
+
+
+def people(ceiling: Values | None) -> list[str]:
+    """How far people agree among themselves, if several scored."""
+    return [f"people among themselves: {agreement(ceiling)}"] if ceiling else []
 
 
 def tell_rate(result: Values) -> str:
@@ -85,8 +135,7 @@ def tell_rate(result: Values) -> str:
     lines += gold("teacher", result["gold"])
     if result["human"]:
         lines.append(f"with people: {agreement(result['human'])}")
-        if result["human"].get("between_people"):
-            lines.append(f"people among themselves: {agreement(result['human']['between_people'])}")
+        lines += people(result["human"].get("between_people"))
     return "\n".join(lines)
 
 
@@ -392,6 +441,7 @@ def tell_report(result: Values) -> str:
 
 TELL = {
     "plan": tell_plan,
+    "tune": tell_tune,
     "rate": tell_rate,
     "probe": tell_probe,
     "label": tell_label,
@@ -435,6 +485,8 @@ def state(folder: Path) -> Values:
     if (folder / "answers.sqlite").exists():
         with AnswerStore(folder / "answers.sqlite") as store:
             begun["n_answers"] = len(store)
+    if (folder / "trials.jsonl").exists():
+        begun["n_trials"] = sum(trial.number != tried.DEFAULTS for trial in tried.read(folder.parent))
     if (folder / "scored").is_dir():
         begun["n_shards_done"] = sum(1 for path in (folder / "scored").rglob("*.parquet") if path.name[0] != ".")
         begun["n_shards"] = len((read_json(folder / "inputs.json") or {})["shards"])
@@ -447,7 +499,9 @@ def show_status(values: Values) -> None:
     for name, tell in TELL.items():
         if name in values:
             table.add_row(name, values[name]["state"], what_is_there(values[name], tell))
-    Console(width=max(Console().width, 100)).print(table)
+    console = Console(width=max(Console().width, 100))
+    console.print(table)
+    show_further(console, values)
 
 
 def what_is_there(found: Values, tell: Callable[[Values], str]) -> str:

@@ -16,6 +16,7 @@ from pipeline.corpus import text_id
 from pipeline.errors import UserError
 from pipeline.prompts import Prompt
 from pipeline.reading import Reading, Reason
+from pipeline.sampling import is_sampled
 
 log = logging.getLogger("gristmill")
 
@@ -65,20 +66,29 @@ def questions(prompt: Prompt, teacher: Teacher, texts: Iterable[str]) -> list[Qu
 
 
 ONLY = {
-    "transformers": {"revision", "dtype"},
+    "transformers": {"revision", "dtype", "tfs", "top_a"},
     "vllm": {"revision", "dtype", "max_model_len", "quantization", "engine_args"},
     "openai": {"tokenizer", "top_logprobs"},
 }
 """Settings that bear on the answers of some engines only."""
 
+DRAWN_BY = {"top_p", "top_k", "min_p", "tfs", "top_a", "seed"}
+"""Settings that bear on sampled answers only."""
+WRITTEN_BY = {"max_tokens", "temperature", "repetition_penalty", "stop", *DRAWN_BY}
+"""Settings that bear on written answers only."""
+
 
 def identity(prompt: Prompt, teacher: Teacher) -> dict[str, object]:
-    """The teacher's settings that bear on an answer of this kind, from this engine."""
+    """The teacher's settings that bear on an answer of this kind, from this engine; those that ask for nothing are
+    left out."""
     aside = set().union(*ONLY.values()) - ONLY[teacher.engine]
-    aside |= {"max_tokens", "temperature"} if prompt.read == "choices" else {"top_logprobs"}
-    aside |= {"top_p", "seed"} if prompt.read == "choices" or teacher.temperature == 0 else set()
+    aside |= WRITTEN_BY if prompt.read == "choices" else {"top_logprobs"}
+    aside |= {"args"} if prompt.read == "choices" and teacher.engine != "openai" else set()
+    aside |= set() if is_sampled(teacher) else DRAWN_BY
     aside |= set() if prompt.form else {"structured"}
-    return {name: value for name, value in teacher.identity().items() if name not in aside}
+    aside |= set() if prompt.chat else {"chat_template_args"}
+    given = {name: value for name, value in teacher.identity().items() if value not in (None, [], {})}
+    return {name: value for name, value in given.items() if name not in aside}
 
 
 UNREAD: dict[str, Reason] = {"failed": "request_failed", "refused": "refused", "not_asked": "not_asked"}

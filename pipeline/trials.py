@@ -1,12 +1,15 @@
 """What is tried when a teacher is tuned: settings, what came of them, and the task they are tried on."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import Pending
 from pipeline.metrics import Interval
+from pipeline.spending import Spending
 
 Params = dict[str, Any]
 """Settings by their names in the search space; none are the defaults."""
@@ -16,6 +19,10 @@ Positions = NDArray[Any]
 
 class Failed(Exception):
     """Settings that came to nothing; the others go on."""
+
+
+class OutOfBudget(Pending):
+    """The budget of this name ended within a trial, which a larger one takes up again."""
 
 
 class Outcome(NamedTuple):
@@ -61,6 +68,12 @@ class Task(Protocol):
 
     objective: str
     n_documents: int
+    strata: Sequence[Hashable]
+    """(n_documents,) what is shared out evenly between the documents chosen on and those held out."""
+    units: NDArray[np.int64]
+    """(n_documents,) documents of one unit, such as copies, are never chosen on and held out at once."""
+    spending: Spending
+    """What all answers took, against the budget of the whole study."""
 
     def tunable(self) -> Sequence[str]:
         """Names that a search space may have; one that ends in a dot takes any further name."""
@@ -70,8 +83,12 @@ class Task(Protocol):
         """The same for settings that ask and read the same; raises UserError for settings that cannot be."""
         ...
 
+    def recall(self, params: Params) -> None:
+        """Counts what was paid for these settings in an earlier run."""
+        ...
+
     def outcome(self, params: Params, positions: Positions) -> Outcome:
-        """Asks about documents; raises Failed, or UserError where the teacher cannot be asked so."""
+        """Asks about documents; raises Failed, UserError where the teacher cannot be asked so, or OutOfBudget."""
         ...
 
     def compared(
@@ -83,4 +100,8 @@ class Task(Protocol):
 
     def settings(self, best: Params, folder: Path) -> dict[str, Any]:
         """What a recipe needs to ask like this, nested as there; new prompts are written to the folder."""
+        ...
+
+    def told(self, best: Params) -> dict[str, Any]:
+        """What else the result tells by its own names, such as a ceiling."""
         ...

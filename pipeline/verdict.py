@@ -7,14 +7,21 @@ Values = dict[str, Any]
 
 
 def verdict(results: dict[str, Values]) -> dict[str, list[str]]:
-    """Sentences on the teacher, on the student beside it, and on what is kept."""
+    """Sentences on tuning, on the teacher, on the student beside it, and on what is kept."""
     learned = target_of(results.get("train", {}))
     told = {
+        "tuning": [*of_tuning(results.get("tune", {}))],
         "teacher": [*of_teacher(results.get("rate", {}))],
         "student": [*of_student(learned), *of_kept_class(learned), *of_more_ratings(learned)],
         "kept": [*of_filter(results.get("filter", {})), *of_audit(results.get("audit", {}))],
     }
     return {name: sentences for name, sentences in told.items() if sentences}
+
+
+def of_tuning(tuned: Values) -> Iterator[str]:
+    """Whether what the search found is better than the defaults."""
+    if tuned.get("sentence"):
+        yield f"{str(tuned['sentence']).rstrip('.')}."
 
 
 def target_of(train: Values) -> Values:

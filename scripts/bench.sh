@@ -6,11 +6,12 @@
 #   bench.sh cascade FOLDER [--sample N]             what score.cascade_keep_share saves, beside hashed n-grams
 #   bench.sh next FILE TEXT_COLUMN LABEL_COLUMN ...  two rounds of ratings beside one
 #   bench.sh teacher FOLDER [--sample N]             a teacher beside people, on corpora they judged
+#   bench.sh tune FOLDER                             what tuning a teacher gains on documents held out
 #   bench.sh rate FILE                               the loop written by hand beside the three engines
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case "${1:-}" in
-  train | student | score | cascade | next | teacher)
+  train | student | score | cascade | next | teacher | tune)
     . scripts/venv.sh dev .venv-dev
     python "scripts/bench_$1.py" "${@:2}"
     ;;
@@ -19,7 +20,7 @@ case "${1:-}" in
     python scripts/bench_rate.py "$VLLM_TEST_MODEL" "${@:2}"
     ;;
   *)
-    echo "bench.sh: give what to measure: train [FILE TEXT LABEL], student FOLDER, score [FILE TEXT], cascade FOLDER, next FILE TEXT LABEL, teacher FOLDER or rate FILE" >&2
+    echo "bench.sh: give what to measure: train [FILE TEXT LABEL], student FOLDER, score [FILE TEXT], cascade FOLDER, next FILE TEXT LABEL, teacher FOLDER, tune FOLDER or rate FILE" >&2
     exit 2
     ;;
 esac

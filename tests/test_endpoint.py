@@ -153,6 +153,45 @@ def test_top_p_and_seed_are_sent_only_when_answers_are_sampled(tmp_path: Path) -
     assert (sampled["temperature"], sampled["top_p"], sampled["seed"]) == (0.7, 0.9, 3)
 
 
+SAMPLED = {"top_k": 5, "min_p": 0.1, "top_p": 0.9, "seed": 3}
+WRITTEN = {"repetition_penalty": 1.2, "stop": ["\n\n", "END"]}
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_sampling_settings_and_stop_strings_are_sent_where_they_are_set(tmp_path: Path, chat: bool) -> None:
+    with serve(score_of) as server:
+        for settings in ({}, {**SAMPLED, **WRITTEN}, {**SAMPLED, **WRITTEN, "temperature": 0.7}):
+            answers(recipe(tmp_path, server.url, prompt={"chat": chat}, **settings), ["doc-1"])
+    plain, greedy, sampled = (asked.body for asked in server.asked)
+    assert not {*SAMPLED, *WRITTEN} & set(plain)
+    assert not {*SAMPLED} & set(greedy)
+    assert {name: greedy[name] for name in WRITTEN} == WRITTEN
+    assert {name: sampled[name] for name in (*SAMPLED, *WRITTEN)} == {**SAMPLED, **WRITTEN}
+
+
+def test_comparing_choices_sends_no_setting_of_sampling(tmp_path: Path) -> None:
+    with serve(lambda _: likes(HALF)) as server:
+        answers(recipe(tmp_path, server.url, prompt=CHOICES, temperature=0.7, **SAMPLED, **WRITTEN), ["doc-1"])
+    assert not {*SAMPLED, *WRITTEN} & set(server.asked[0].body)
+    assert server.asked[0].body["temperature"] == 0.0
+
+
+def test_who_asks_by_file_names_sampling_settings_too(tmp_path: Path) -> None:
+    r = recipe(tmp_path, "http://127.0.0.1:9/v1", n=1, batch_folder=tmp_path / "batch", temperature=0.7, **SAMPLED)
+    with pytest.raises(Pending):
+        rate.run(r)
+    written = next((tmp_path / "batch").glob("requests-*.jsonl")).read_text(encoding="utf-8")
+    assert {name: json.loads(written)["body"][name] for name in SAMPLED} == SAMPLED
+
+
+def test_sampling_that_no_endpoint_knows_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    with serve(score_of) as server:
+        for name in ("tfs", "top_a"):
+            with pytest.raises(UserError, match=rf"^teacher\.{name}: openai cannot sample so"):
+                rate.run(recipe(tmp_path, server.url, temperature=0.7, **{name: 0.9}))
+    assert (server.asked, server.looked) == ([], [])
+
+
 def test_the_concurrency_limit_is_reached_and_never_exceeded(tmp_path: Path) -> None:
     with serve(score_of, delay_s=0.05) as server:
         rate.run(recipe(tmp_path, server.url, n=40, concurrency=7))

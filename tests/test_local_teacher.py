@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -23,7 +24,10 @@ from hypothesis import strategies as st
 from pipeline import models, teacher
 from pipeline.config import Teacher
 from pipeline.engines import engine as engine_of
+from pipeline.engines import openai as openai_engine
 from pipeline.engines import transformers as engine
+from pipeline.engines import vllm as vllm_engine
+from pipeline.engines.kept import LOADED, Kept
 from pipeline.engines.layout import Row, candidate_ids, token_ids
 from pipeline.engines.transformers import LocalTeacher, batches, started
 from pipeline.errors import UserError
@@ -469,13 +473,56 @@ def test_an_answer_ends_at_its_end_token_and_the_rest_of_the_batch_goes_on(tmp_p
     assert exact[documents[1]] == replace(found[documents[1]], seconds=exact[documents[1]].seconds)
 
 
-def test_a_stop_string_in_args_ends_an_answer(tiny_causal, naive, documents):
-    whole, _ = naive.greedy(writing(), documents[0], 12)
-    stop = whole[2]
-    answer = asked(writing(), setup(tiny_causal, args={"stop_strings": [stop]}), documents[:1])[documents[0]]
-    assert answer.finish == "stop"
-    assert stop in answer.text
-    assert whole.startswith(answer.text)
+def stop_text(answers: list[str]) -> str:
+    """Two characters inside some of the answers, and not in all."""
+    pairs = {text[at : at + 2] for text in answers for at in range(4, len(text) - 3)}
+    some = [pair for pair in sorted(pairs) if any(pair not in text for text in answers)]
+    return next(pair for pair in some if pair.isprintable() and "\ufffd" not in pair)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100_000])
+@pytest.mark.parametrize("kind", ["tiny_causal", "sliding", "tiny_t5"])
+def test_an_answer_ends_before_its_stop_string_and_the_rest_of_the_batch_goes_on(
+    kind, documents, batch_tokens, request
+):
+    folder = request.getfixturevalue(kind)
+    prompt, plain = writing(chat=kind != "tiny_t5"), Naive(folder)
+    whole = {text: plain.greedy(prompt, text, 12) for text in documents}
+    stop = stop_text([text for text, _ in whole.values()])
+    found = asked(prompt, setup(folder, stop=[stop], batch_tokens=batch_tokens), documents)
+    for text, (answer, finish) in whole.items():
+        assert found[text].text == answer.partition(stop)[0]
+        assert found[text].finish == ("stop" if stop in answer else finish)
+        n = found[text].answer_tokens
+        assert stop not in answer or (n < 12 or answer.endswith(stop))
+    by_args = asked(prompt, setup(folder, stop=["no such"], args={"stop_strings": stop}), documents)
+    assert [by_args[text].text for text in documents] == [found[text].text for text in documents]
+
+
+def test_a_stop_string_that_begins_in_the_prompt_does_not_end_the_answer(tiny_causal, naive, documents):
+    prompt = writing(answer_start="The text is")
+    for text in documents[:3]:
+        whole, finish = naive.greedy(prompt, text, 12)
+        answer = asked(prompt, setup(tiny_causal, stop=["text is" + whole[0]]), [text])[text]
+        assert (answer.text, answer.finish) == (whole, finish)
+        assert answer.answer_tokens > 1
+
+
+def test_a_stop_string_that_a_model_cannot_write_changes_nothing(tiny_t5, naive_t5, documents):
+    found = asked(writing(chat=False), setup(tiny_t5, stop=["\n"]), documents[:2])
+    for text in documents[:2]:
+        assert (found[text].text, found[text].finish) == naive_t5.greedy(writing(chat=False), text, 12)
+
+
+def test_a_control_token_can_be_a_stop_string(tiny_causal, naive, documents):
+    """Of a model that doesn't take it for the end of an answer."""
+    settings = setup(tiny_causal, stop=["<|im_start|>"], args={"suppress_tokens": [2]}, max_tokens=400)
+    settings = settings.model_copy(update={"temperature": 30.0})
+    found = asked(writing(), settings, documents)
+    assert {answer.finish for answer in found.values()} == {"stop", "length"}
+    for answer in found.values():
+        assert "<|im_start|>" not in answer.text
+        assert (answer.finish == "length") == (answer.answer_tokens == 400)
 
 
 def test_an_unfinished_answer_is_truncated_and_has_no_score(tiny_causal, documents):
@@ -493,6 +540,106 @@ def test_the_models_own_sampling_habits_do_not_leak_into_greedy_answers(tmp_path
         assert found[text].text == naive.greedy(writing(), text, 12)[0]
     changed_by_args = asked(writing(), setup(folder, args={"repetition_penalty": 30.0}), documents)
     assert any(changed_by_args[text].text != found[text].text for text in documents)
+
+
+@pytest.mark.parametrize("kind", ["tiny_causal", "sliding", "tiny_t5"])
+def test_a_sampled_answer_does_not_depend_on_what_else_is_asked(kind, documents, request):
+    prompt, folder = writing(chat=kind != "tiny_t5"), request.getfixturevalue(kind)
+    settings = setup(folder, temperature=1.2, top_p=0.95, tfs=0.98, top_a=0.1, repetition_penalty=1.3)
+    together = asked(prompt, settings.model_copy(update={"batch_tokens": 100_000}), documents)
+    alone = asked(prompt, settings.model_copy(update={"batch_tokens": 1}), documents[::-1])
+    assert {text: answer.text for text, answer in alone.items()} == {text: a.text for text, a in together.items()}
+    assert asked(prompt, settings, documents[2:3])[documents[2]].text == together[documents[2]].text
+    assert len({answer.text for answer in together.values()}) == len(documents)
+
+
+def test_an_answer_with_more_room_begins_like_the_one_that_was_cut(tiny_causal, documents):
+    short, long = (asked(writing(), setup(tiny_causal, temperature=1.0, max_tokens=n), documents) for n in (6, 12))
+    for text in documents:
+        assert long[text].text.startswith(short[text].text.rstrip("\ufffd"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"tfs": 1e-9}, {"temperature": 1e-4}, {"args": {"top_k": 1}}],
+)
+@pytest.mark.parametrize("kind", ["tiny_causal", "tiny_t5"])
+def test_where_sampling_leaves_one_token_it_is_the_likeliest(kind, documents, changes, request):
+    prompt, folder = writing(chat=kind != "tiny_t5"), request.getfixturevalue(kind)
+    found = asked(prompt, setup(folder, **{"temperature": 1.5, "top_k": 50, **changes}), documents)
+    plain = Naive(folder)
+    for text in documents:
+        assert (found[text].text, found[text].finish) == plain.greedy(prompt, text, 12)
+
+
+def penalised(plain: Naive, prompt: Prompt, document: str, penalty: float, n: int) -> str:
+    """The likeliest token each time, after the logits of tokens that were seen (of an encoder-decoder, written) are
+    divided by the penalty, or multiplied where negative."""
+    asked_ids, written = plain.prompt_ids(prompt, document), []
+    while len(written) < n and plain.tokenizer.eos_token_id not in written:
+        seen = [0, *written] if plain.encoder_decoder else [*asked_ids, *written]
+        with torch.inference_mode():
+            if plain.encoder_decoder:
+                logits = plain.model(
+                    input_ids=torch.tensor([asked_ids]), decoder_input_ids=torch.tensor([seen])
+                ).logits
+            else:
+                logits = plain.model(torch.tensor([seen]), use_cache=False).logits
+        last = logits[0, -1].clone()
+        for token in set(seen):
+            last[token] = last[token] / penalty if last[token] > 0 else last[token] * penalty
+        written.append(int(last.argmax()))
+    return plain.tokenizer.decode(written, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100_000])
+@pytest.mark.parametrize("kind", ["tiny_causal", "sliding", "tiny_t5"])
+def test_a_repetition_penalty_sees_the_whole_prompt_and_no_padding(kind, documents, batch_tokens, request):
+    prompt, folder = writing(chat=kind != "tiny_t5"), request.getfixturevalue(kind)
+    found = asked(prompt, setup(folder, repetition_penalty=3.0, batch_tokens=batch_tokens), documents)
+    plain = Naive(folder)
+    for text in documents:
+        assert found[text].text == penalised(plain, prompt, text, 3.0, 12)
+
+
+def test_padding_is_no_token_that_a_row_has_not(tiny_causal, documents):
+    """A repetition penalty would find it."""
+    local = loaded(writing(), setup(tiny_causal))
+    rows = [local.layout.row(Question("00000000", text)) for text in documents]
+    for row, ids in zip(rows, local.inputs(rows)["input_ids"].tolist(), strict=True):
+        assert set(ids) == set(local.layout.whole(row))
+
+
+def test_beams_are_the_librarys_own_and_cannot_be_sampled(tiny_causal, naive, documents):
+    args = {"num_beams": 3, "length_penalty": 0.5}
+    found = asked(writing(), setup(tiny_causal, args=args), documents)
+    for text in documents:
+        ids = torch.tensor([naive.prompt_ids(writing(), text)])
+        out = naive.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, **args
+        )
+        assert found[text].text == naive.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    with pytest.raises(UserError, match=r"^teacher\.args: answers cannot be sampled with beam search; take its"):
+        asked(writing(), setup(tiny_causal, args=args, temperature=1.0), documents)
+    scores = asked(choosing(), setup(tiny_causal, args=args), documents[:2])
+    assert all(close(scores[text], naive.log_probs(choosing(), text)) for text in documents[:2])
+
+
+def test_arguments_that_the_library_does_not_take_are_one_line(tiny_causal, documents):
+    for args, temperature in (({"no_such": 3}, 0.0), ({"top_k": -3}, 1.0), ({"tfs": 7}, 1.0)):
+        settings = setup(tiny_causal, args=args, temperature=temperature)
+        with pytest.raises(UserError, match=r"^teacher\.args: generate\(\) refuses them \(.+\)$") as error:
+            asked(writing(), settings, documents)
+        assert "\n" not in str(error.value)
+
+
+def test_args_have_the_last_word_on_whether_answers_are_sampled(tiny_causal, naive, documents):
+    greedy = asked(writing(), setup(tiny_causal, temperature=2.0, args={"do_sample": False}), documents)
+    assert all(greedy[text].text == naive.greedy(writing(), text, 12)[0] for text in documents)
+    for args in ({"do_sample": True}, {"temperature": 1.0}):
+        sampled = asked(writing(), setup(tiny_causal, seed=3, args=args), documents)
+        by_settings = asked(writing(), setup(tiny_causal, seed=3, temperature=1.0), documents)
+        assert [sampled[text].text for text in documents] == [by_settings[text].text for text in documents]
 
 
 def test_sampled_answers_are_the_same_with_the_same_seed_and_others_with_another(tiny_causal, documents):
@@ -700,6 +847,148 @@ def test_a_resumed_run_asks_only_what_is_open_in_the_same_batches(tiny_causal, t
         ask(prompt, settings, random.sample(keys, len(keys)), known, lambda answers: resumed.append(answers) or True)
     plain = [[(key, answer.text) for key, answer in batch] for batch in whole]
     assert [[(key, answer.text) for key, answer in batch] for batch in resumed] == plain[1:]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_batch_size_and_padding_change_nothing_but_float_noise(tiny_causal, texts, shared_prefix):
+    documents = [*(text[: 20 + 37 * i] for i, text in enumerate(texts[:16])), ""]
+    choices, written = loaded(choosing(), setup(tiny_causal)), loaded(writing(), setup(tiny_causal))
+    for local in (choices, written):
+        assert local.prefix is not None
+        local.prefix = local.prefix if shared_prefix else None
+    rows = [written.layout.row(Question(f"{i:08x}", text)) for i, text in enumerate(documents)]
+    assert written.new_tokens(rows) == [written.new_tokens([row])[0] for row in rows]
+    rows = [choices.layout.row(Question(f"{i:08x}", text)) for i, text in enumerate(documents)]
+    for row, together in zip(rows, choices.choose(rows), strict=True):
+        assert together["log_probs"] == pytest.approx(choices.choose([row])[0]["log_probs"], abs=1e-4)
+
+
+# -- memory
+
+
+class Small:
+    """A device with memory for few tokens at once."""
+
+    def __init__(self, n_tokens: int) -> None:
+        self.n_tokens, self.fitted, self.n_refused = n_tokens, [], 0
+
+    def __call__(self, _: Any, args: Any, options: dict[str, Any]) -> None:
+        rows, columns = options["input_ids"].shape
+        if rows * columns > self.n_tokens:
+            self.n_refused += 1
+            raise torch.cuda.OutOfMemoryError(f"{rows} x {columns} tokens")
+        self.fitted.append(rows)
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, n_tokens: int) -> Small:
+    """Models that are loaded from now on run on such a device."""
+    small, load = Small(n_tokens), engine.load
+
+    def loading(settings: Teacher, device: str) -> Any:
+        tokenizer, model = load(settings, device)
+        model.register_forward_pre_hook(small, with_kwargs=True)
+        return tokenizer, model
+
+    monkeypatch.setattr(engine, "load", loading)
+    return small
+
+
+@pytest.mark.parametrize("read", [choosing, writing])
+def test_batches_that_do_not_fit_are_halved_and_no_answer_is_lost_or_asked_for_twice(
+    tiny_causal, texts, read, monkeypatch, caplog
+):
+    prompt, documents = read(), [text[:120] for text in texts[:30]]
+    settings = setup(tiny_causal, temperature=1.0)
+    expected = asked(prompt, settings, documents)
+    small, recorded = short_of_memory(monkeypatch, 700), []
+
+    def record(answers: list[tuple[str, Answer]]) -> bool:
+        recorded.extend(answers)
+        return True
+
+    with caplog.at_level(logging.WARNING, "gristmill"), started(settings) as ask:
+        ask(prompt, settings, keys := questions(prompt, settings, documents), set(), record)
+        n_refused = small.n_refused
+        found = dict(recorded)
+        assert len(recorded) == len(found) == len(documents)
+        for question in keys:
+            answer, plain = found[question.key], expected[question.text]
+            assert (answer.text, answer.finish) == (plain.text, plain.finish)
+            assert answer.log_probs == (None if plain.log_probs is None else pytest.approx(plain.log_probs, abs=1e-4))
+        assert 1 < n_refused == len(caplog.messages) < 4
+        ask(sorting(), settings, questions(sorting(), settings, documents[:20]), set(), record)
+    assert small.n_refused == n_refused, "remembered for other prompts"
+    assert len(recorded) == len(documents) + 20
+    assert caplog.messages[0].startswith("teacher: a batch of ")
+    assert max(small.fitted) > 1
+
+
+def test_one_document_that_does_not_fit_is_one_line_and_what_was_answered_is_kept(tiny_causal, texts, monkeypatch):
+    settings, recorded = setup(tiny_causal), []
+    short_of_memory(monkeypatch, 200)
+    keys = questions(writing(), settings, [*(text[:40] for text in texts[:5]), texts[0] * 3])
+    told = r"^teacher\.document_tokens: one document with .*, \d+ tokens, does not fit into the memory of cpu; lower"
+    with pytest.raises(UserError, match=told), started(settings) as ask:
+        ask(writing(), settings, keys, set(), lambda answers: recorded.extend(answers) or True)
+    assert len({key for key, _ in recorded}) == 5
+
+
+def test_a_model_that_does_not_fit_is_one_line(tiny_causal, monkeypatch):
+    def full(*_: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("full")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", full)
+    with pytest.raises(UserError, match=r"^teacher\.model: .* does not fit into the memory of cpu; take a smaller"):
+        loaded(writing(), setup(tiny_causal))
+
+
+# -- one engine, many settings
+
+
+def test_two_prompts_and_many_settings_load_a_model_once_and_another_model_takes_its_place(
+    tiny_causal, tiny_t5, documents, monkeypatch
+):
+    loads, load = [], engine.load
+    monkeypatch.setattr(
+        engine, "load", lambda settings, device: loads.append(settings.model) or load(settings, device)
+    )
+    prompts = [writing(chat=False), choosing(chat=False, answer_start="", body="Is it good? {{ text }} ")]
+    with Kept() as kept:
+        for model, n_loads in ((tiny_causal, 1), (tiny_t5, 2), (tiny_causal, 3)):
+            for prompt, temperature in itertools.product(prompts, (0.0, 0.7)):
+                settings = setup(model, temperature=temperature, document_tokens=50 + n_loads, stop=["\n"])
+                recorded: list[tuple[str, Answer]] = []
+                with kept.start(settings) as ask:
+                    keys = questions(prompt, settings, documents)
+                    ask(prompt, settings, keys, set(), lambda new, into=recorded: into.extend(new) or True)
+                assert {key for key, _ in recorded} == {question.key for question in keys}
+            assert len(loads) == n_loads
+    assert kept.ask is None
+
+
+class Watched:
+    """A teacher's settings, and which of them were looked at."""
+
+    def __init__(self, settings: Teacher) -> None:
+        self.settings, self.seen = settings, set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.seen.add(name)
+        return getattr(self.settings, name)
+
+
+def test_what_an_engine_is_started_with_is_what_makes_another_engine_necessary(tiny_causal):
+    local = Watched(setup(tiny_causal))
+    with started(local):
+        assert local.seen == LOADED["transformers"]
+    server = Watched(setup("m", engine="openai", base_url="http://127.0.0.1:9/v1", retries=0))
+    with pytest.raises(UserError, match="cannot be reached"):
+        openai_engine.look(server)
+    assert server.seen - {"retries"} <= LOADED["openai"]
+    vllm = Watched(setup(tiny_causal, engine="vllm"))
+    vllm_engine.engine_args(vllm, [])
+    assert vllm.seen - {"seed"} == LOADED["vllm"] - {"device"}, "every request has a seed of its own"
 
 
 def test_nothing_open_asks_nothing(tiny_causal, texts):

@@ -135,6 +135,15 @@ ERRORS = [
     ("read: generate\nregex: '(('", "{{ text }}", "regex '((' is no regular expression (missing )"),
     ("read: generate\nregex: 'a{99999999999999999999}'", "{{ text }}", "is no regular expression"),
     ("read: label\nlabels: [a]\nregex: a", "{{ text }} {{ labels }}", "regex: read: label ignores it; take it out, o"),
+    ("read: generate\nexample_answer: 'Score: 3'", "{{ text }}", "example_answer 'Score: 3' has no {score}"),
+    (
+        "read: choices\nexample_answer: '{score}'\nchoices: [{value: 1, answers: [a]}]",
+        "{{ text }}",
+        "example_answer: read: choices ignores it; take it out, or set read: generate or json",
+    ),
+    ("read: generate\nexamples: [{text: a}]", "{{ text }}", "examples.0.answer: Field required"),
+    ("read: generate\nexamples: [{text: a, answer: 4}]", "{{ text }}", "4 is no text; put it in quotes"),
+    ("read: generate\nexamples: [{txt: a, answer: b}]", "{{ text }}", "examples.0.txt: no such setting; did you mean"),
     ("read: label", "{{ text }} {{ labels }}", "read: label needs labels"),
     ("read: label\nlabels: [a, b]", "{{ text }}", "{{ labels }} exactly once"),
 ]

@@ -264,6 +264,12 @@ def test_the_verdict_is_plain_sentences():
     ]
 
 
+def test_the_verdict_begins_with_what_tuning_found():
+    tuned = {"tune": {"sentence": "No better than the default: nothing that was tried beats it."}}
+    told = verdict.verdict({"rate": {"n_scored": 5, "n_sampled": 5}, **tuned})
+    assert list(told) == ["tuning", "teacher"] and told["tuning"] == [tuned["tune"]["sentence"]]
+
+
 def test_the_audit_speaks_of_its_own_cut_and_not_of_what_was_kept_since():
     """filter may have been run again with another cut."""
     audited = {"cut": 3.46, "precision": 0.87, "base_rate": 0.45, "recall": 0.26}

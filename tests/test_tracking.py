@@ -19,9 +19,10 @@ from pipeline import config, dashboards, tracking
 from pipeline.config import Recipe
 from pipeline.errors import UserError
 from pipeline.tracking import Result, stage
+from pipeline.trials import Trial
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("rate", "train", "score", "report")
+STAGES = ("tune", "rate", "train", "score", "report")
 ROWS = [
     {
         "id": f"d{i}",
@@ -34,15 +35,30 @@ ROWS = [
 ]
 
 
+TRIAL_COLUMNS = [
+    "trial",
+    "state",
+    "value",
+    "auc",
+    "usd_per_1000",
+    "prompt",
+    "stop",
+    "temperature",
+    "reason",
+    "seconds",
+]
+
+
 class Counted(Result):
+    objective: str
     n_documents: int
     figures: dict[str, float]
 
 
 def made(tmp_path: Path, **tracking: Any) -> Recipe:
-    """A run folder with ratings, a scored corpus, a student and a page."""
+    """A run folder with trials, ratings, a scored corpus, a student and a page."""
     run = tmp_path / "my run"
-    for name in ("rate", "score/scored", "train/student", "report"):
+    for name in ("tune", "rate", "score/scored", "train/student", "report"):
         (run / name).mkdir(parents=True)
     opinion = pa.struct({"answer": pa.string()})
     schema = pa.schema(
@@ -58,6 +74,14 @@ def made(tmp_path: Path, **tracking: Any) -> Recipe:
     scored = {"text": [row["text"] for row in ROWS], "score": [row["score"] for row in ROWS]}
     table = pa.table({**scored, "int_score": pa.array([int(score) for score in scored["score"]], pa.int8())})
     pq.write_table(table, run / "score/scored/a.parquet")
+    trials = [
+        Trial(-1, {}, "complete", 0.4, {"auc": 0.4, "usd_per_1000": None}),
+        Trial(0, {"prompt": "prompts/edu-en.md", "stop": ["\n", "<b>"]}, "complete", 0.6, {"auc": 0.6}, None, 3.5),
+        Trial(1, {"temperature": 0.7}, "failed", None, {}, "no document has a score"),
+    ]
+    (run / "tune/trials.jsonl").write_text("".join(json.dumps(trial._asdict()) + "\n" for trial in trials))
+    (run / "tune/best.yaml").write_text("rate: {prompt: edu-en-tuned.md}")
+    (run / "tune/edu-en-tuned.md").write_text("What is this? {{ text }}")
     (run / "train/student/student.json").write_text('{"a": "student"}')
     (run / "report/report.html").write_text("<!doctype html><p>the page")
     return Recipe(run_folder=run, tracking=config.Tracking(**tracking))
@@ -66,7 +90,7 @@ def made(tmp_path: Path, **tracking: Any) -> Recipe:
 def finish(recipe: Recipe, name: str) -> Counted:
     """One stage of no work."""
     with stage(name, recipe, {}) as work:
-        return work.finish(Counted(seconds=1.0, n_documents=7, figures={"spearman": 0.5}))
+        return work.finish(Counted(seconds=1.0, objective="auc", n_documents=7, figures={"spearman": 0.5}))
 
 
 def logged_by_wandb(run_folder: Path) -> dict[str, tuple[bytes, Path]]:
@@ -91,7 +115,7 @@ def test_without_a_tracker_the_numbers_are_in_metrics_jsonl_and_nowhere_else(tmp
     assert {path.name for path in recipe.run_folder.iterdir()} - before == {"metrics.jsonl"}
 
 
-def test_wandb_offline_gets_numbers_examples_student_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wandb_offline_gets_numbers_trials_examples_student_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
@@ -107,19 +131,24 @@ def test_wandb_offline_gets_numbers_examples_student_and_page(tmp_path: Path, mo
     [table] = found["rate"][1].rglob("*.table.json")
     answers = json.loads(table.read_text())
     assert answers["columns"] == ["id", "score", "reason", "text", "answer"] and len(answers["data"]) == 48
+    [table] = found["tune"][1].rglob("*.table.json")
+    trials = json.loads(table.read_text())
+    assert trials["columns"] == TRIAL_COLUMNS and [row[0] for row in trials["data"]] == ["defaults", "0", "1"]
+    assert trials["data"][1][2:7] == [0.6, 0.6, None, "edu-en", '["\\n", "<b>"]']
+    assert b"my-run-best" in found["tune"][0] and b"my-run-edu-en-tuned" in found["tune"][0]
     assert b"my-run-report" in found["report"][0]
     [page] = found["report"][1].rglob("*.html")
     assert "the page" in page.read_text()
 
 
-def test_trackio_on_this_machine_gets_numbers_examples_and_student(tmp_path: Path):
+def test_trackio_on_this_machine_gets_numbers_trials_examples_and_student(tmp_path: Path):
     """In a process of its own, as Trackio reads where it keeps things when it is imported."""
     pytest.importorskip("trackio")
     recipe = made(tmp_path, to="trackio", project="mine")
     code = (
         "import sys; sys.path.insert(0, 'tests'); import test_tracking\n"
         "from pipeline.config import Recipe; recipe = Recipe.model_validate_json(sys.argv[1])\n"
-        "for name in ('rate', 'train', 'report'): test_tracking.finish(recipe, name)"
+        "for name in ('tune', 'rate', 'train', 'report'): test_tracking.finish(recipe, name)"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRACKIO")}
     environment |= {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HOME": str(tmp_path / "hf")}
@@ -131,8 +160,9 @@ def test_trackio_on_this_machine_gets_numbers_examples_and_student(tmp_path: Pat
         logged = [json.loads(row[0]) for row in file.execute("SELECT metrics FROM metrics ORDER BY id")]
     file.close()
     assert any(line.get("train/figures.spearman") == 0.5 for line in logged)
-    assert any("rate/examples" in line for line in logged)
+    assert any("rate/examples" in line for line in logged) and any("tune/trials" in line for line in logged)
     blobs = [path.read_bytes() for path in (tmp_path / "trackio/artifacts").rglob("*") if path.is_file()]
+    assert b"rate: {prompt: edu-en-tuned.md}" in blobs and b"What is this? {{ text }}" in blobs
     assert b'{"a": "student"}' in blobs and b"<!doctype html><p>the page" in blobs
 
 

@@ -4,12 +4,14 @@ from contextlib import AbstractContextManager
 
 from pipeline.config import Teacher
 from pipeline.errors import UserError, required
+from pipeline.sampling import check
 from pipeline.teacher import Ask
 
 
 def engine(teacher: Teacher) -> AbstractContextManager[Ask]:
-    """The engine by its name, its URL and key looked at; a model is loaded when it is entered."""
+    """The engine by its name, its settings looked at; a model is loaded when it is entered."""
     required(teacher.model, "teacher.model", "Qwen/Qwen3-8B")
+    check(teacher)
     if "@" in (teacher.base_url or ""):
         raise UserError("teacher.base_url: a URL must not hold a password; put the key in the environment")
     if teacher.batch_folder and teacher.engine != "openai":

@@ -154,7 +154,7 @@ class Tokens:
         if self.prompt.read == "choices":
             options |= {"return_tokens_as_token_ids": True, **self.rivals(part)}
         else:  # the server would else apply the model's own sampling habits
-            options = {"top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0} | options
+            options = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0} | options
             options |= form(self.prompt, self.settings, self.server)
         return request(TEXT, self.settings, {"prompt": [*ids, *part]}, options)
 
@@ -208,13 +208,14 @@ def request(path: str, settings: Teacher, question: dict[str, Json], options: di
 
 
 def sampling(prompt: Prompt, settings: Teacher) -> dict[str, Json]:
-    """The sampling part of a request: one token, or a written answer."""
+    """The sampling part of a request: one token, or a written answer. What OpenAI's own endpoint doesn't know is named
+    only if it is asked for."""
     if prompt.read == "choices":
         return {"max_tokens": 1, "temperature": 0.0}
-    if settings.temperature == 0:
-        return {"max_tokens": settings.max_tokens, "temperature": 0.0}
-    named = ("max_tokens", "temperature", "top_p", "seed")
-    return {name: getattr(settings, name) for name in named if getattr(settings, name) is not None}
+    named = {"max_tokens", "temperature", "repetition_penalty"}
+    named |= {"top_p", "top_k", "min_p", "seed"} if settings.temperature > 0 else set()
+    given = settings.model_dump(include=named, exclude_none=True)
+    return {**given, **({"stop": list(settings.stop)} if settings.stop else {})}
 
 
 def form(prompt: Prompt, settings: Teacher, server: Server) -> dict[str, Json]:

@@ -7,16 +7,19 @@ from pipeline.config import Teacher
 from pipeline.engines import engine
 from pipeline.teacher import Ask
 
-ASKED_WITH = {
-    *("document_tokens", "max_tokens", "temperature", "top_p", "top_k", "min_p", "tfs", "top_a", "repetition_penalty"),
-    *("stop", "seed", "args", "chat_template_args", "structured", "batch_tokens", "top_logprobs"),
-    *("usd_per_million_prompt_tokens", "usd_per_million_answer_tokens"),
+LOADED = {
+    "transformers": {"model", "revision", "dtype", "device"},
+    "vllm": {
+        *("model", "revision", "dtype", "device", "quantization", "max_model_len", "top_logprobs", "engine_args"),
+        *("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization"),
+    },
+    "openai": {"model", "base_url", "api_key_env"},
 }
-"""Settings that a running engine takes anew with each call."""
+"""Settings that an engine is started with; it takes all others anew with each call."""
 
 
 class Kept:
-    """Brings a teacher up when it is first asked, and takes it down when another model is, or at the end."""
+    """Brings a teacher up when it is first asked, and takes it down when another is, or at the end."""
 
     def __init__(self) -> None:
         self.running = ExitStack()
@@ -31,14 +34,19 @@ class Kept:
 
     def close(self) -> None:
         """Take it down."""
-        self.running.close()
         self.loaded = self.ask = None
+        self.running.close()
 
     @contextmanager
     def start(self, teacher: Teacher) -> Iterator[Ask]:
-        """The engine of this teacher, which stays up."""
-        wanted = teacher.model_dump(exclude=ASKED_WITH)
+        """The engine of this teacher, which stays up; one that asks by file writes its requests when it is left."""
+        starting = engine(teacher)
+        if teacher.batch_folder:
+            with starting as ask:
+                yield ask
+            return
+        wanted = teacher.model_dump(include={"engine", *LOADED[teacher.engine]})
         if self.ask is None or wanted != self.loaded:
             self.close()
-            self.ask, self.loaded = self.running.enter_context(engine(teacher)), wanted
+            self.ask, self.loaded = self.running.enter_context(starting), wanted
         yield self.ask

@@ -15,6 +15,8 @@ log = logging.getLogger("gristmill")
 
 SENTINEL = "⁂DOCUMENT⁂"
 """Holds the document's place while a chat template is applied."""
+EXAMPLE = "⁂EXAMPLE⁂"
+"""Holds the place of each example's text."""
 
 
 class Pieces(NamedTuple):
@@ -105,16 +107,30 @@ def document_tokenizer(tokenizer: Any) -> Any:
 
 def pieces(tokenizer: Any, prompt: Prompt, teacher: Teacher, decoder_start: list[int]) -> Pieces:
     """The token ids that enclose every document; `decoder_start` is empty for causal models."""
-    rendered = render(tokenizer, prompt, teacher) if prompt.chat else prompt.plain(SENTINEL)
+    marks = tuple(example.model_copy(update={"text": EXAMPLE}) for example in prompt.examples)
+    marked = prompt.model_copy(update={"examples": marks})
+    rendered = render(tokenizer, marked, teacher) if prompt.chat else marked.plain(SENTINEL)
     head, found, tail = rendered.partition(SENTINEL)
     if not found or SENTINEL in tail:
         raise UserError(f"prompt {prompt.name}: the chat template of {teacher.model} does not show the document once")
+    if head.count(EXAMPLE) != len(marks):
+        raise UserError(f"prompt {prompt.name}: the chat template of {teacher.model} does not show each example once")
     begin, end = ([], []) if prompt.chat else special_tokens_around(tokenizer)
-    head_ids, start = begin + token_ids(tokenizer, head), prompt.answer_start
+    head_ids, start = begin + with_examples(tokenizer, head, prompt), prompt.answer_start
     if decoder_start:
         decoder = decoder_start + token_ids(tokenizer, start)
         return Pieces(head_ids, token_ids(tokenizer, tail) + end, decoder, start)
     return Pieces(head_ids, token_ids(tokenizer, tail + start), [], tail + start)
+
+
+def with_examples(tokenizer: Any, head: str, prompt: Prompt) -> list[int]:
+    """Token ids of a head, the examples in their places; they cannot end their turns, no more than a document can."""
+    first, *rest = head.split(EXAMPLE)
+    ids, spelling = token_ids(tokenizer, first), document_tokenizer(tokenizer) if rest else tokenizer
+    for example, part in zip(prompt.examples, rest, strict=True):
+        shown = spelling(example.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids += [*shown, *token_ids(tokenizer, part)]
+    return ids
 
 
 def render(tokenizer: Any, prompt: Prompt, teacher: Teacher) -> str:

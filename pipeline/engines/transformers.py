@@ -4,20 +4,26 @@ computed once."""
 import copy
 import functools
 import inspect
+import logging
 import math
 import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import sampling
 from pipeline.config import Teacher
 from pipeline.engines.layout import Layout, Row
+from pipeline.engines.spacious import spacious
 from pipeline.errors import UserError, needs, required
 from pipeline.models import locate, pick_device, pick_dtype
 from pipeline.prompts import Prompt
 from pipeline.teacher import Answer, Ask, Question, Record
+
+log = logging.getLogger("gristmill")
 
 After = Callable[[tuple[int, ...]], Any]
 """Log-probabilities after each of further tokens: (n_rows, n_tokens, vocabulary)."""
@@ -26,12 +32,20 @@ After = Callable[[tuple[int, ...]], Any]
 @contextmanager
 def started(teacher: Teacher) -> Iterator[Ask]:
     """The model on its device."""
-    loaded = load(teacher, pick_device(teacher.device))
+    loaded, memory = load(teacher, pick_device(teacher.device)), Memory()
 
     def ask(prompt: Prompt, teacher: Teacher, questions: list[Question], answered: set[str], record: Record) -> None:
-        ask_all(LocalTeacher(prompt, teacher, *loaded), questions, answered, record)
+        ask_all(LocalTeacher(prompt, teacher, *loaded, memory), questions, answered, record)
 
     yield ask
+
+
+@dataclass
+class Memory:
+    """What is known of the memory beside a loaded model, for as long as it is loaded."""
+
+    max_tokens: float = math.inf
+    """Tokens that a batch may have, padding and room for the answer included."""
 
 
 CHUNK = 512
@@ -41,16 +55,16 @@ CHUNK = 512
 def ask_all(local: "LocalTeacher", questions: list[Question], answered: set[str], record: Record) -> None:
     """Ask batch by batch. Batches are planned over all questions, in the order of their keys, which is as good as
     random, so a resumed run computes the same batches."""
-    ordered, extra = sorted(questions), len(local.layout.pieces.head) + local.layout.room
+    ordered = sorted(questions)
     for begin in range(0, len(ordered), CHUNK):
         rows = sorted(map(local.layout.row, ordered[begin : begin + CHUNK]), key=lambda row: (len(row.ids), row.key))
-        for batch in batches(rows, extra, local.settings.batch_tokens):
-            open_rows = [row for row in batch if row.key not in answered]
-            if open_rows and not record(local.answers(open_rows)):
-                return
+        for batch in batches(rows, local.extra, local.settings.batch_tokens):
+            for answers in local.fitting([row for row in batch if row.key not in answered]):
+                if not record(answers):
+                    return
 
 
-def batches(rows: list[Row], extra: int, budget: int) -> list[list[Row]]:
+def batches(rows: list[Row], extra: int, budget: float) -> list[list[Row]]:
     """Rows of rising length in batches of at most `budget` tokens, `extra` more counted for each row."""
     planned: list[list[Row]] = []
     for row in rows:
@@ -65,9 +79,11 @@ def batches(rows: list[Row], extra: int, budget: int) -> list[list[Row]]:
 class LocalTeacher:
     """A loaded model with one prompt."""
 
-    def __init__(self, prompt: Prompt, teacher: Teacher, tokenizer: Any, model: Any) -> None:
+    def __init__(
+        self, prompt: Prompt, teacher: Teacher, tokenizer: Any, model: Any, memory: Memory | None = None
+    ) -> None:
         self.torch = needs("torch", "torch")
-        self.prompt, self.settings = prompt, teacher
+        self.prompt, self.settings, self.memory = prompt, teacher, memory or Memory()
         self.tokenizer, self.model, self.device = tokenizer, model, model.device
         self.forward_takes = inspect.signature(model.forward).parameters
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
@@ -75,13 +91,17 @@ class LocalTeacher:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.layout = Layout(tokenizer, prompt, teacher, context, start)
         self.pieces, self.candidates = self.layout.pieces, self.layout.candidates
+        self.extra = len(self.pieces.head) + self.layout.room
         self.pad, self.ends = pad_and_ends(tokenizer, model)
-        self.prefix = self.compute_prefix()
+        self.stops = sampling.stops(teacher)
 
-    def compute_prefix(self) -> Any:
+    @functools.cached_property
+    def prefix(self) -> Any:
         """Keys and values of the head, computed once; None where padding behind it would change an answer: sliding
-        windows, convolutions and recurrent states count columns, not positions."""
+        windows, convolutions, recurrent states and n-grams count columns, not positions."""
         if self.encoder_decoder or not self.pieces.head or "position_ids" not in self.forward_takes:
+            return None
+        if "no_repeat_ngram_size" in self.settings.args:
             return None
         head = self.torch.tensor([self.pieces.head], device=self.device)
         with self.torch.inference_mode():
@@ -89,6 +109,38 @@ class LocalTeacher:
         layers = getattr(cache, "layers", [None])
         plain = all(type(layer).__name__ == "DynamicLayer" and layer.is_initialized for layer in layers)
         return cache if plain else None
+
+    def fitting(self, rows: list[Row]) -> Iterator[list[tuple[str, Answer]]]:
+        """Ask one batch, in smaller ones where it doesn't fit into memory."""
+        for batch in batches(rows, self.extra, self.memory.max_tokens):
+            answers = self.tried(batch)
+            if answers is None:
+                self.halve(batch)
+                yield from self.fitting(batch)
+            else:
+                yield answers
+
+    def tried(self, rows: list[Row]) -> list[tuple[str, Answer]] | None:
+        """The answers of one batch; None if it doesn't fit into memory, which is free again by then."""
+        try:
+            return self.answers(rows)
+        except self.torch.cuda.OutOfMemoryError:
+            return None
+
+    def halve(self, rows: list[Row]) -> None:
+        """Ask with at most half of these rows' tokens from now on, whatever the prompt."""
+        width = len(rows[-1].ids) + self.extra
+        if len(rows) == 1:
+            raise UserError(
+                f"teacher.document_tokens: one document with its rubric and room for the answer, {width} tokens, does"
+                f" not fit into the memory of {self.device}; lower it or teacher.max_tokens, or free some memory; what"
+                " was answered is recorded"
+            )
+        self.memory.max_tokens = len(rows) * width // 2
+        log.warning(
+            "teacher: a batch of %d tokens does not fit into the memory of %s; going on with %d at most",
+            *(len(rows) * width, self.device, self.memory.max_tokens),
+        )
 
     def answers(self, rows: list[Row]) -> list[tuple[str, Answer]]:
         """Ask one batch."""
@@ -112,25 +164,28 @@ class LocalTeacher:
 
     def inputs(self, rows: list[Row]) -> dict[str, Any]:
         """Padded ids and mask, (n_rows, longest). The last token is the last column of a causal model: padding comes
-        first, or between head and document where the head's keys are shared. Encoders are padded at the end."""
+        first, or between head and document where the head's keys are shared; it repeats a token of the row, so that a
+        repetition penalty finds no other. Encoders are padded at the end."""
         head, longest = self.pieces.head, max(len(row.ids) for row in rows)
         ids, mask = [], []
         for row in rows:
             fill = longest - len(row.ids)
             before, own = (head, row.ids) if self.prefix is not None else ([], head + row.ids)
-            parts = [(before, 1), ([self.pad] * fill, 0), (own, 1)]
+            pad = self.pad if self.encoder_decoder else (head + row.ids or [self.pad])[0]
+            parts = [(before, 1), ([pad] * fill, 0), (own, 1)]
             parts = parts[::-1] if self.encoder_decoder else parts
             ids.append([token for part, _ in parts for token in part])
             mask.append([seen for part, seen in parts for _ in part])
         tensor = functools.partial(self.torch.tensor, device=self.device)
         return {"input_ids": tensor(ids), "attention_mask": tensor(mask)}
 
-    def prefix_for(self, ids: Any) -> Any:
+    def prefix_for(self, ids: Any, n_beams: int = 1) -> Any:
         """The head's keys and values for each row of ids, with space for all that follows, the answer included."""
         if self.prefix is None:
             return None
         (n_rows, n_columns), cache = ids.shape, copy.copy(self.prefix)
-        cache.layers = [spacious()(layer, n_rows, n_columns + self.layout.room) for layer in self.prefix.layers]
+        room = n_rows * n_beams, n_columns + self.layout.room
+        cache.layers = [spacious()(layer, *room) for layer in self.prefix.layers]
         return cache
 
     # -- choices
@@ -192,23 +247,36 @@ class LocalTeacher:
 
     def generate(self, rows: list[Row]) -> list[dict[str, Any]]:
         """Written answers."""
+        return [self.written(ids) for ids in self.new_tokens(rows)]
+
+    def new_tokens(self, rows: list[Row]) -> list[list[int]]:
+        """Token ids of the answers; those that end early are padded."""
         batch = self.inputs(rows)
         if self.encoder_decoder:
             batch["decoder_input_ids"] = self.torch.tensor([self.pieces.decoder] * len(rows), device=self.device)
         else:
-            batch["past_key_values"] = self.prefix_for(batch["input_ids"])
-        self.torch.manual_seed(self.settings.seed + int(rows[0].key[-8:], 16))
+            batch["past_key_values"] = self.prefix_for(batch["input_ids"], self.options.get("num_beams") or 1)
         begin = len(self.pieces.decoder) or batch["input_ids"].shape[1]
-        out = self.model.generate(**batch, tokenizer=self.tokenizer, **self.options(), **self.only_answers(begin))
-        return [self.written(ids) for ids in out[:, begin:].tolist()]
+        with sampling.explained(self.settings):
+            drawn = sampling.drawing(self.settings, [row.key for row in rows], self.device)
+            ways = {**self.options, **drawn, **self.stopping(begin), **self.only_answers(begin)}
+            found = self.model.generate(**batch, tokenizer=self.tokenizer, **ways)
+        return [list(ids) for ids in found[:, begin:].tolist()]
 
+    @functools.cached_property
     def options(self) -> dict[str, Any]:
         """How answers are written; teacher.args has the last word."""
-        settings = self.settings
-        sampling = {"temperature": settings.temperature, "top_p": settings.top_p or 1.0, "top_k": 0}
-        sampled = settings.temperature > 0
-        length = {"max_new_tokens": settings.max_tokens, "pad_token_id": self.pad}
-        return {**length, "do_sample": sampled, **(sampling if sampled else {}), **settings.args}
+        return {"pad_token_id": self.pad, **sampling.options(self.settings, self.device)}
+
+    @functools.cached_property
+    def stopped(self) -> sampling.Completed | None:
+        """Says which rows' tokens have just completed a text that ends an answer."""
+        return sampling.completed(self.tokenizer, self.stops)
+
+    def stopping(self, begin: int) -> dict[str, Any]:
+        """Lets `generate` stop at a text that ends an answer, whether or not the prompt before it has it too."""
+        stopped = self.stopped
+        return {"stopping_criteria": [lambda ids, *_, **__: stopped(ids[:, begin:], None)]} if stopped else {}
 
     def only_answers(self, begin: int) -> dict[str, Any]:
         """Lets `generate` write nothing but one of the prompt's permitted answers, where it lists them."""
@@ -222,11 +290,13 @@ class LocalTeacher:
         return {"prefix_allowed_tokens_fn": allowed}
 
     def written(self, ids: list[int]) -> dict[str, Any]:
-        """One answer, up to its end token; a batch that ends early was ended by a stop string."""
+        """One answer, up to its end token or stop string; a batch that ends early was ended by its rows."""
         n = next((position + 1 for position, token in enumerate(ids) if token in self.ends), len(ids))
-        stopped = n < self.options()["max_new_tokens"] or ids[n - 1] in self.ends
+        if met := sampling.before_stop(self.stops, ids[:n], self.tokenizer):
+            return {"finish": "stop", "text": met.text, "answer_tokens": met.n_tokens}
+        ended = n < self.options["max_new_tokens"] or ids[n - 1] in self.ends
         text = self.tokenizer.decode(ids[:n], skip_special_tokens=True)
-        return {"finish": "stop" if stopped else "length", "text": text, "answer_tokens": n}
+        return {"finish": "stop" if ended else "length", "text": text, "answer_tokens": n}
 
 
 def chain(ids: list[int], first: Any, after: After) -> list[float]:
@@ -236,38 +306,6 @@ def chain(ids: list[int], first: Any, after: After) -> list[float]:
         following = after(tuple(ids[:-1]))
         total = total + sum(following[:, step, token] for step, token in enumerate(ids[1:]))
     return list(total.tolist())
-
-
-@functools.cache
-def spacious() -> Any:
-    """A cache layer where further columns are written into a space kept for them. The library's own appends, which
-    copies all keys and values for each token."""
-    cache_utils = needs("transformers.cache_utils", "torch")
-
-    class Spacious(cache_utils.DynamicLayer):  # type: ignore[misc, name-defined]
-        def __init__(self, head: Any, n_rows: int, n_columns: int) -> None:
-            super().__init__()
-            self.__dict__.update(head.__dict__)
-            states = head.keys, head.values
-            self.space = [each.new_empty(n_rows, each.shape[1], n_columns, each.shape[3]) for each in states]
-            self.write(0, states)
-
-        def write(self, begin: int, states: tuple[Any, Any]) -> None:
-            """Put keys and values (n_rows, n_heads, n_new, dim) at column `begin`."""
-            end = begin + states[0].shape[2]
-            for space, new in zip(self.space, states, strict=True):
-                space[:, :, begin:end] = new
-            self.keys, self.values = self.written = [space[:, :, :end] for space in self.space]
-
-        def update(self, keys: Any, values: Any, *args: Any, **options: Any) -> Any:
-            """Append; the library's way once the space is used up, or the library itself has cut or moved them."""
-            begin = self.get_seq_length()
-            if self.keys is not self.written[0] or begin + keys.shape[2] > self.space[0].shape[2]:
-                return super().update(keys, values, *args, **options)
-            self.write(begin, (keys, values))
-            return self.keys, self.values
-
-    return Spacious
 
 
 def pad_and_ends(tokenizer: Any, model: Any) -> tuple[int, set[int]]:
@@ -296,7 +334,13 @@ def load(teacher: Teacher, device: str) -> tuple[Any, Any]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"teacher.model: {teacher.model} cannot be loaded ({reason})") from None
     model.generation_config = token_ids_only(model.generation_config)
-    return tokenizer, model.to(device).eval()
+    try:
+        return tokenizer, model.to(device).eval()
+    except needs("torch", "torch").cuda.OutOfMemoryError:
+        raise UserError(
+            f"teacher.model: {teacher.model} does not fit into the memory of {device}; take a smaller model or"
+            " --teacher.dtype bfloat16, or free some memory"
+        ) from None
 
 
 def token_ids_only(generation: Any) -> Any:

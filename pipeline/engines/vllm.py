@@ -22,6 +22,7 @@ from pipeline.engines.layout import Layout
 from pipeline.errors import UserError, needs, required
 from pipeline.models import load_tokenizer, locate
 from pipeline.prompts import Prompt
+from pipeline.sampling import is_sampled
 from pipeline.teacher import Answer, Ask, Question, Record
 
 log = logging.getLogger("gristmill")
@@ -220,10 +221,12 @@ class Asking:
         """How an answer is written; teacher.args has the last word. The seed is the document's own, so that a sample
         doesn't depend on what else is in the batch."""
         settings = self.settings
-        seed = settings.seed + int(key[-8:], 16)
-        sampled = {"top_p": settings.top_p or 1.0, "seed": seed} if settings.temperature > 0 else {}
-        asked = {"temperature": settings.temperature, "max_tokens": settings.max_tokens, **sampled, **self.form()}
-        return self.vllm.SamplingParams(**{**asked, **settings.args})
+        named, seed = {"max_tokens", "temperature", "repetition_penalty"}, {}
+        if is_sampled(settings):
+            named |= {"top_p", "top_k", "min_p"}
+            seed = {"seed": settings.seed + int(key[-8:], 16)}
+        asked = settings.model_dump(include=named, exclude_none=True) | {"stop": list(settings.stop)}
+        return self.vllm.SamplingParams(**{**asked, **seed, **self.form(), **settings.args})
 
     def form(self) -> dict[str, Any]:
         """Structured output, where the prompt asks for a form."""

@@ -247,6 +247,24 @@ def test_a_sampled_answer_does_not_depend_on_what_else_is_asked(in_vllm, documen
     assert any(other[text].text != together[text].text for text in documents[:6])
 
 
+def test_where_sampling_leaves_one_token_it_is_the_likeliest(in_vllm, documents):
+    greedy = asked(in_vllm, FREE, setup(max_tokens=16), documents[:6])
+    for changes in ({"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-6}):
+        sampled = asked(in_vllm, FREE, setup(temperature=1.0, max_tokens=16, **changes), documents[:6])
+        assert {text: answer.text for text, answer in sampled.items()} == {t: a.text for t, a in greedy.items()}
+    penalised = asked(in_vllm, FREE, setup(repetition_penalty=5.0, max_tokens=16), documents[:6])
+    assert any(penalised[text].text != greedy[text].text for text in documents[:6])
+
+
+def test_an_answer_ends_before_its_stop_string(in_vllm, documents):
+    greedy = asked(in_vllm, FREE, setup(), documents[:6])
+    stop = greedy[documents[0]].text[20:23]
+    found = asked(in_vllm, FREE, setup(stop=[stop]), documents[:6])
+    for text, whole in greedy.items():
+        assert found[text].text == whole.text.partition(stop)[0]
+        assert found[text].finish == ("stop" if stop in whole.text else whole.finish)
+
+
 def test_arguments_reach_sampling_and_unknown_ones_are_one_line(in_vllm, documents):
     answer = asked(in_vllm, FREE, setup(args={"max_tokens": 3}), documents[:1])[documents[0]]
     assert (answer.finish, answer.answer_tokens) == ("length", 3)
