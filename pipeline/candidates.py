@@ -1,7 +1,6 @@
 """What parameters mean when ratings are tuned: a prompt with its examples, a teacher, and whether it is calibrated."""
 
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from pydantic import ValidationError
 from pipeline import few_shot, panel, prompts, teacher
 from pipeline.config import OPERATIONAL, Recipe, Teacher, digest, merge
 from pipeline.errors import UserError, required
+from pipeline.few_shot import Pool
 from pipeline.metrics import Floats
 from pipeline.prompts import Line, Prompt
 from pipeline.trials import Params
@@ -43,14 +43,11 @@ class Candidate(NamedTuple):
     """The parameters it was made of."""
 
 
-def candidate(
-    recipe: Recipe, params: Params, pool: Sequence[tuple[str, float]], loaded: Callable[[Path], Prompt]
-) -> Candidate:
-    """The recipe's prompt and teacher with these parameters laid over; examples come from the pool of (text, score).
+def candidate(recipe: Recipe, params: Params, pool: Pool, loaded: Callable[[Path], Prompt]) -> Candidate:
+    """The recipe's prompt and teacher with these parameters laid over; examples come from the pool.
 
     `loaded` reads a prompt file. Raises UserError for settings that cannot be.
     """
-    check_names(params)
     prompt = worded(recipe, params, loaded)
     if "examples" in params:
         n, draw = (whole(name, params.get(name, 0)) for name in ("examples", "examples_draw"))
@@ -61,15 +58,6 @@ def candidate(
         raise UserError(f"calibrate: give true or false, not {calibrate!r}")
     heeds = prompt.read == "choices" and prompt.normalise
     return Candidate(prompt, taught(recipe.teacher, params), calibrate and heeds, params)
-
-
-def check_names(params: Params) -> None:
-    """Refuse a parameter that means nothing."""
-    for name in params:
-        inside = any(name.startswith(known) and name != known for known in TUNABLE if known.endswith("."))
-        if name.endswith(".") or not (inside or name in TUNABLE):
-            near = difflib.get_close_matches(name, TUNABLE, n=1)
-            raise UserError(f"{name} is nothing that can be tuned" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def whole(name: str, value: Any) -> int:
@@ -108,7 +96,7 @@ def why(error: ValidationError, changes: dict[str, Any]) -> str:
     return f"{asked}: {prompts.one_line(error)}"
 
 
-def taught(teacher: Teacher, params: Params) -> Teacher:
+def taught(teacher: Teacher, params: Params, where: str = "") -> Teacher:
     """The teacher with its settings changed as asked; another model leaves behind what is only good for this one."""
     changes = {name: value for name, value in params.items() if name in ASKED_WITH}
     for part in INSIDE:
@@ -118,7 +106,7 @@ def taught(teacher: Teacher, params: Params) -> Teacher:
     try:
         return Teacher.model_validate(merge(teacher.model_dump(exclude_unset=True, exclude=bound), changes))
     except ValidationError as error:
-        raise UserError(panel.explain(error)) from None
+        raise UserError(f"{where}.{panel.explain(error)}".lstrip(".")) from None
 
 
 # -- which are the same -----------------------------------------------------------------------------------------------
@@ -127,11 +115,8 @@ def taught(teacher: Teacher, params: Params) -> Teacher:
 def key(candidate: Candidate) -> str:
     """The same for candidates that ask and read the same."""
     prompt = candidate.prompt
-    asked = teacher.identity(prompt, candidate.teacher)
-    if not prompt.chat:
-        asked.pop("chat_template_args", None)
     heeded = prompt.model_copy(update={name: Prompt.model_fields[name].default for name in unheeded(prompt)})
-    return digest([heeded.digest, asked, candidate.calibrate])
+    return digest([heeded.digest, teacher.identity(prompt, candidate.teacher), candidate.calibrate])
 
 
 def unheeded(prompt: Prompt) -> set[str]:

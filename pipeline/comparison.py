@@ -57,8 +57,8 @@ def joined(folds: list[Side]) -> Side:
     return Side(truth, guess, (both[0], both[1]) if both else None, said)
 
 
-def compare(name: str, best: Side, default: Side) -> Compared:
-    """Both in figures, and by how much the best is better."""
+def compare(name: str, best: Side, default: Side, n_folds: int) -> Compared:
+    """Both in figures, and by how much the best, or what was best on the others of each fold, is better."""
     sides = (best, default)
     values = [objectives.value(name, side.truth, side.guess) for side in sides]
     figures = [
@@ -71,6 +71,6 @@ def compare(name: str, best: Side, default: Side) -> Compared:
         for side, value in zip(sides, values, strict=True)
     ]
     gain = None if values[0] is None or values[1] is None else values[0] - values[1]
-    interval = None if gain is None else objectives.gain_interval(name, best[:2], default[:2])
+    interval = None if gain is None else objectives.gain_interval(name, best[:2], default[:2], n_folds)
     confusion = objectives.confusion(*best.whole) if best.whole else None
     return Compared(figures[0], figures[1], gain, interval, confusion)

@@ -4,7 +4,11 @@ import math
 import random
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
+
+from pipeline import objectives
 from pipeline.corpus import text_id
 from pipeline.engines.completions import break_control_tokens, well_formed
 from pipeline.errors import UserError
@@ -20,16 +24,24 @@ ROUNDED = 0.006
 """A score that is written with two decimals at most is off by no more."""
 
 
-def drawn(
-    prompt: Prompt, pool: Sequence[tuple[str, float]], n: int, draw: int, characters: int
-) -> tuple[Example, ...]:
-    """So many of the pool's (text, score) as examples: one of each n-tile of the scores, in an order of the draw's
+class Pool(NamedTuple):
+    """Known documents that may be shown."""
+
+    documents: Sequence[tuple[str, float]]
+    """Text and score of each."""
+    span: objectives.Scale
+    """The lowest and the highest known score of all documents, these and others."""
+
+
+def drawn(prompt: Prompt, pool: Pool, n: int, draw: int, characters: int) -> tuple[Example, ...]:
+    """So many of the pool as examples: one of each n-tile of the scores, in an order of the draw's
     own; texts are cut to `characters`."""
-    if n > len(pool):
-        raise UserError(f"examples: {n} are asked for, {len(pool)} documents are set aside for them; ask for fewer")
-    scores = on_scale([score for _, score in pool], prompt.scale)
-    texts = [text for text, _ in pool]
-    ranked = sorted(zip(texts, scores, strict=True), key=lambda known: (known[1], text_id(known[0])))
+    if n > len(pool.documents):
+        raise UserError(
+            f"examples: {n} are asked for, {len(pool.documents)} documents are set aside for them; ask for fewer"
+        )
+    known = [(text, on_scale(score, pool.span, prompt.scale)) for text, score in pool.documents]
+    ranked = sorted(known, key=lambda each: (each[1], text_id(each[0])))
     generator = random.Random(draw)  # noqa: S311
     tiles = [ranked[len(ranked) * i // n : len(ranked) * (i + 1) // n] for i in range(n)]
     chosen = [generator.choice(tile) for tile in tiles]
@@ -39,13 +51,11 @@ def drawn(
     )
 
 
-def on_scale(scores: Sequence[float], scale: tuple[float, float]) -> list[float]:
-    """Human scores on the prompt's scale: 0 and 1 alone are its ends, scores beyond it are stretched to fit."""
-    low, high = min(scores, default=0), max(scores, default=0)
-    if set(scores) != {0, 1} and scale[0] <= low and high <= scale[1]:
-        return list(scores)
-    width = (high - low) or 1
-    return [scale[0] + (scale[1] - scale[0]) * (score - low) / width for score in scores]
+def on_scale(score: float, span: objectives.Scale, scale: objectives.Scale) -> float:
+    """A human score on the prompt's scale: where the span of all is on another, its ends become those of the scale."""
+    if objectives.is_on(np.array(span), scale):
+        return score
+    return scale[0] + (scale[1] - scale[0]) * (score - span[0]) / ((span[1] - span[0]) or 1)
 
 
 def shown(prompt: Prompt, text: str, characters: int) -> str:

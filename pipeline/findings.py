@@ -9,15 +9,22 @@ from pipeline.trials import Compared, Params, Trial
 def sentence(objective: str, best: Trial, compared: Compared) -> str:
     """What a person has to know, on one line."""
     called, gain, interval = tried.called(objective), compared.gain, compared.gain_interval
-    if best.number == tried.DEFAULTS and not gain:
+    if best.number == tried.DEFAULTS:
         return "No better than the default: nothing that was tried beats it."
-    if gain is None or interval is None:
+    if gain is None:
         return f"Not known to be better than the default: {called} is not defined on the documents held out."
-    verdict = "Better" if is_better(compared) else "Worse" if interval[1] < 0 else "No better"
+    if interval is None:
+        return (
+            f"Not known to be better than the default: {called} {compared.best[objective]:.3f} against"
+            f" {compared.default[objective]:.3f} on {compared.best['n']} documents held out, which are too few"
+            " to tell."
+        )
+    verdict = "Better" if is_better(best, compared) else "Worse" if interval[1] < 0 else "No better"
+    chance = ", which may be chance" if verdict == "No better" else ""
     return (
         f"{verdict} than the default: {called} {compared.best[objective]:.3f} against"
         f" {compared.default[objective]:.3f} on {compared.best['n']} documents held out, a gain of {gain:+.3f} (95%"
-        f" {interval[0]:+.3f} to {interval[1]:+.3f}).{price(compared)}"
+        f" {interval[0]:+.3f} to {interval[1]:+.3f}){chance}.{price(compared)}"
     )
 
 
@@ -29,9 +36,9 @@ def price(compared: Compared) -> str:
     return f" It costs ${best:.3g} per 1,000 documents instead of ${default:.3g}."
 
 
-def is_better(compared: Compared) -> bool:
-    """Whether the whole interval of the gain is above 0."""
-    return compared.gain_interval is not None and compared.gain_interval[0] > 0
+def is_better(best: Trial, compared: Compared) -> bool:
+    """Whether it is another than the defaults, and the whole interval of the gain is above 0."""
+    return best.number != tried.DEFAULTS and compared.gain_interval is not None and compared.gain_interval[0] > 0
 
 
 def figures(trial: Trial, objective: str, about: Params, held_out: dict[str, Any]) -> dict[str, Any]:

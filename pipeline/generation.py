@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from sklearn.base import BaseEstimator
+from sklearn.utils import check_consistent_length
 
 from pipeline import panel, prompts, teacher, text_metrics
 from pipeline.config import Budget, Teacher, digest
@@ -46,10 +47,11 @@ OWN = (
 class Generator(BaseEstimator):  # type: ignore[misc]
     """Writes an answer to each row with a language model: an estimator with nothing to fit.
 
-    Rows are texts (the column `text`), dicts, a DataFrame or a `datasets.Dataset`; each {{ column }} of the template
-    is filled in, and control tokens of a chat are plain text there. At temperature 0 answers are greedy. One model
-    stays loaded for all Generators of a process. `metric` is what text_metrics.metric takes; `teacher` holds further
-    settings of the teacher, such as {"device": "cpu"}; `answers` is a file that keeps the answers for later runs.
+    Rows are texts (the column `text`), dicts, a DataFrame or a `datasets.Dataset`, which scikit-learn's own searches
+    take as list(dataset); each {{ column }} of the template is filled in, and control tokens of a chat are plain text
+    there. At temperature 0 answers are greedy. One model stays loaded for all Generators of a process. `metric` is
+    what text_metrics.metric takes; `teacher` holds further settings of the teacher, such as {"device": "cpu"};
+    `answers` is a file that keeps the answers for later runs.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Generator(BaseEstimator):  # type: ignore[misc]
 
     def score(self, X: Any, y: Any) -> float:  # noqa: N803
         """The metric of the answers against y: a right answer, or a list of them, for each row."""
+        check_consistent_length(X, y)
         return text_metrics.score(text_metrics.metric(self.metric), list(self.predict(X)), list(y))
 
     def asked(self, X: Any) -> list[Answer]:  # noqa: N803
@@ -129,8 +132,7 @@ class Generator(BaseEstimator):  # type: ignore[misc]
 
     def key(self) -> str:
         """The same for parameters that ask the same."""
-        prompt = question_prompt(self.system, self.answer_start, self.chat)
-        return digest([self.template, prompt.asked_digest, teacher.identity(prompt, self.settings())])
+        return key(self.template, question_prompt(self.system, self.answer_start, self.chat), self.settings())
 
     def settings(self) -> Teacher:
         """The teacher that these parameters describe."""
@@ -184,25 +186,34 @@ def value_of(row: Row, name: str) -> Any:
 
 def shown(value: Any) -> str:
     """A value as the teacher reads it: nothing for a missing one, JSON for lists and objects."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     if isinstance(value, list | dict):
         return json.dumps(value, ensure_ascii=False, default=str)
     return "" if is_missing(value) else str(value)
 
 
 def is_missing(value: Any) -> bool:
-    """Whether there is no value: None, or the NaN that pandas writes for it."""
-    return value is None or (isinstance(value, float) and value != value)
+    """Whether there is no value: None, or what pandas writes for it (NaN, NaT, NA)."""
+    return value is None or type(value).__name__ == "NAType" or bool(value != value)
 
 
 def filled(template: str, table: Any) -> list[str]:
-    """The question of each row; a row that is a text is its column `text`."""
+    """The question of each row."""
     columns(template)
-    return [fill(template, row if isinstance(row, Mapping) else {"text": row}) for row in rows(table)]
+    return [fill(template, row) for row in rows(table)]
 
 
-def rows(table: Any) -> list[Any]:
-    """The rows of a DataFrame, a Dataset, an array or a list."""
-    return table.to_dict("records") if hasattr(table, "iloc") and hasattr(table, "columns") else list(table)
+def rows(table: Any) -> list[Row]:
+    """The rows of a DataFrame, a Dataset, an array or a list; one that is a text is its column `text`."""
+    if isinstance(table, str | Mapping):
+        raise UserError(f"rows: this is a single {type(table).__name__}; give a list of texts or of dicts, or a table")
+    is_frame = hasattr(table, "iloc") and hasattr(table, "columns")
+    found = table.to_dict("records") if is_frame else list(table)
+    for row in found:
+        if not isinstance(row, Mapping) and np.ndim(row):
+            raise UserError(f"rows: a row is of type {type(row).__name__}; give texts, dicts or a table with names")
+    return [row if isinstance(row, Mapping) else {"text": row} for row in found]
 
 
 def question_prompt(system: str | None, answer_start: str, chat: bool) -> Prompt:
@@ -212,6 +223,16 @@ def question_prompt(system: str | None, answer_start: str, chat: bool) -> Prompt
         return Prompt.model_validate({"name": "template", "body": "{{ text }}", "read": "generate", **around})
     except ValidationError as error:
         raise UserError(prompts.one_line(error)) from None
+
+
+def units(asked: Sequence[str]) -> NDArray[np.int64]:
+    """(n_rows,) rows that ask the same are one unit."""
+    return np.unique(np.array(asked, dtype=object), return_inverse=True)[1].astype(np.int64)
+
+
+def key(template: str, prompt: Prompt, settings: Teacher) -> str:
+    """The same for what asks the same."""
+    return digest([template, prompt.asked_digest, teacher.identity(prompt, settings)])
 
 
 # -- asking -----------------------------------------------------------------------------------------------------------

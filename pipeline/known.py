@@ -12,6 +12,7 @@ from pipeline import gold as golds
 from pipeline.config import Recipe
 from pipeline.corpus import text_id
 from pipeline.errors import UserError
+from pipeline.few_shot import Pool
 from pipeline.gold import GoldDocument
 from pipeline.metrics import Floats
 from pipeline.sample import Document, Smallest, documents_of, priority
@@ -34,8 +35,8 @@ class Known(NamedTuple):
     scores: Floats
     units: NDArray[np.int64]
     """Copies and near-duplicates share one."""
-    pool: list[tuple[str, float]]
-    """Text and score of those that may be shown."""
+    pool: Pool
+    """Those that may be shown."""
     n_aside: int
     """Documents that are not among the `texts`: the pool, and what is nearly a copy of it."""
     people: list[GoldDocument]
@@ -52,7 +53,8 @@ def read(recipe: Recipe) -> Known:
     shown = spread(scores, n_shown(recipe.tune.space, len(texts)))
     tried = np.flatnonzero(~np.isin(units, units[shown]))
     check(scores[tried], len(texts), recipe)
-    pool = [(texts[i], float(scores[i])) for i in shown.tolist()]
+    span = float(scores.min()), float(scores.max())
+    pool = Pool([(texts[i], float(scores[i])) for i in shown.tolist()], span)
     n_aside = len(texts) - len(tried)
     return Known([texts[i] for i in tried.tolist()], scores[tried], units[tried], pool, n_aside, people)
 

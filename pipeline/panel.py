@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -214,7 +215,8 @@ def collect(
     if study is None:
         log.info("%s: %d documents, %d answers there already", stage, len(texts), len(raters) * len(texts) - n_open)
     waiting: list[Pending] = []
-    with progress(stage, n_open) if study is None else nullcontext(desk.step) as desk.step:
+    has_table = study is not None and sys.stderr.isatty()
+    with nullcontext(desk.step) if has_table else progress(stage, n_open) as desk.step:
         for _, group in groupby(raters, key=lambda rater: rater.teacher.model_copy(update={"seed": 0})):
             try:
                 ask(list(group), texts, desk, start, calibrate)

@@ -137,7 +137,7 @@ class Draw:
 
     def __call__(self, _: Any, scores: Any) -> Any:
         """Logits (n_rows, vocabulary): 0 for the token that is drawn, -inf for all others."""
-        drawn = inverse(exact(scores), [row.random() for row in self.rows]).to(scores.device)
+        drawn = race(exact(scores), [row.getrandbits(62) for row in self.rows]).to(scores.device)
         return scores.new_full(scores.shape, -math.inf).scatter(-1, drawn, 0.0)
 
 
@@ -147,14 +147,24 @@ def numbers(seed: int, key: str) -> random.Random:
     return random.Random(f"{seed}:{key.rpartition(':')[2]}")  # noqa: S311
 
 
-def inverse(scores: Any, uniform: Sequence[float]) -> Any:
-    """The token (n_rows, 1) at which each row's cumulated probability passes its number from 0 to below 1."""
+def race(scores: Any, salts: Sequence[int]) -> Any:
+    """The token (n_rows, 1) with the largest sum of its score and a Gumbel number of its own, which draws it as often
+    as it is likely. Rounding, which is another in another batch, rarely changes which one that is; where all tokens
+    share one number, it shifts them all."""
     torch = needs("torch", "torch")
-    sums = scores.softmax(-1).cumsum(-1)
-    total = sums[:, -1:]
-    wanted = total * torch.tensor(uniform, dtype=sums.dtype, device=sums.device)[:, None]
-    below = torch.nextafter(total, torch.zeros_like(total))  # rounded up, a number would pass the last token
-    return torch.searchsorted(sums, torch.minimum(wanted, below), right=True)
+    own = torch.tensor(list(salts), device=scores.device)[:, None]
+    uniform = scattered(own + torch.arange(scores.shape[-1], device=scores.device) * STRIDE)
+    return (scores - (-uniform.log()).log()).argmax(-1, keepdim=True)
+
+
+STRIDE, FACTORS = 0x1E3779B97F4A7C15, (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
+
+
+def scattered(whole: Any) -> Any:
+    """Numbers above 0 and below 1, as good as random, of whole ones (SplitMix64's finish: Steele et al. 2014)."""
+    for factor, bits in zip(FACTORS, (30, 27), strict=True):
+        whole = (whole ^ (whole >> bits & (1 << 64 - bits) - 1)) * factor
+    return ((whole ^ (whole >> 31 & (1 << 33) - 1)) >> 12 & (1 << 52) - 1).double().add(0.5).div(1 << 52)
 
 
 def exact(scores: Any) -> Any:

@@ -5,7 +5,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def search(
     }
     with study_file.opened(storage, f"gristmill tune: {task.objective}", made_from, shares) as opened:
         proposals = Study(opened, distributions, settings, seed)
-        desk = Desk(task, proposals, growing(chosen_on, shares, seed), settings, step, go_on)
+        desk = Desk(task, proposals, growing(chosen_on, shares, seed, task.strata), settings, step, go_on)
         desk.begin()
         work(desk, settings.workers)
         return [desk.default, *sorted(desk.trials, key=lambda trial: trial.number)]
@@ -69,9 +70,15 @@ def rungs(n: int) -> list[int]:
     return [n >> k for k in (3, 2, 1) if n >> k >= LEAST] + [n]
 
 
-def growing(chosen_on: Positions, shares: Sequence[int], seed: int) -> list[Positions]:
-    """So many of the documents each, the smaller within the larger."""
-    order = np.random.default_rng(abs(seed)).permutation(chosen_on)
+def growing(chosen_on: Positions, shares: Sequence[int], seed: int, strata: Sequence[Hashable]) -> list[Positions]:
+    """So many of the documents each, the smaller within the larger, with as much of each stratum as it is due."""
+    drawn = np.random.default_rng(abs(seed)).permutation(chosen_on).tolist()
+    sizes, taken = Counter(strata[position] for position in drawn), Counter[Hashable]()
+    due = {}
+    for position in drawn:
+        due[position] = taken[strata[position]] / sizes[strata[position]]
+        taken[strata[position]] += 1
+    order = np.array(sorted(drawn, key=due.__getitem__))
     return [*(order[:n] for n in shares[:-1]), chosen_on]
 
 
@@ -85,8 +92,10 @@ def work(desk: "Desk", n_workers: int) -> None:
         try:
             for worker in as_completed(workers):
                 worker.result()
-        except BaseException:
+        except BaseException as error:
             desk.stopped = True
+            if isinstance(error, KeyboardInterrupt):
+                desk.task.spending.is_over = True
             raise
 
 

@@ -24,10 +24,18 @@ def read(space: Mapping[str, Any], tunable: Sequence[str], where: str = "tune.sp
     """What is tried for each name: a list of values, a range {low, high} with step or log, or one value that is
     fixed; names that end in a dot in `tunable` take any further name."""
     if not space:
-        raise UserError(f"{where} is empty; give at least one setting to vary, such as temperature: [0, 0.7]")
+        raise UserError(f"{where} is empty; give at least one setting to vary, such as document_tokens: [200, 400]")
     for name in space:
         check_name(str(name), tunable, where)
     return {str(name): distribution(values, f"{where}.{name}") for name, values in space.items()}
+
+
+def some(values: Any) -> list[Any]:
+    """The values of a list, the ends of a range, or the only value."""
+    values = plain(values)
+    if isinstance(values, Mapping):
+        return [values[end] for end in ("low", "high") if end in values]
+    return values if isinstance(values, list) else [values]
 
 
 def check_name(name: str, tunable: Sequence[str], where: str) -> None:

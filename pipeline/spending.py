@@ -50,6 +50,8 @@ class Spending:
         self.n_asked = self.n_paid_now = 0
         self.stopped_by: str | None = None
         """The budget that left questions out."""
+        self.is_over = False
+        """Interrupted: nothing more is asked, whatever the budget has left."""
         self.begin = time.monotonic()
         self.pace: list[tuple[float, int]] = []
         """Time and tokens so far, when the first and the last answers came."""
@@ -84,6 +86,9 @@ class Spending:
 
     def left(self, teacher: Teacher) -> bool:
         """Whether one more question to this teacher fits in, taken to cost what its answers have cost on average."""
+        if self.is_over:
+            self.stopped_by = "interrupt"
+            return False
         total, own, more = self.total, self.of(teacher), 1 + self.n_reserved
         spent = {
             "budget_usd": total.usd + more * own.usd / max(own.n, 1),

@@ -36,10 +36,9 @@ class Metric(NamedTuple):
 
 def metric(named: str | Callable[[list[Any], list[Any]], Any]) -> Metric:
     """A metric by its name: one of ROW_METRICS, evaluate:NAME, FILE.py:FUNCTION or a function of sklearn.metrics; or
-    a function as it is."""
+    a function as it is, and functions of sklearn as theirs are called."""
     if not isinstance(named, str):
-        name = getattr(named, "__name__", type(named).__name__)
-        return Metric(name, with_labels(named) if is_of_sklearn(named) else named)
+        return by_function(named)
     if named in ROW_METRICS:
         return Metric(named, best_of(ROW_METRICS[named]()))
     kind, _, rest = named.partition(":")
@@ -49,6 +48,18 @@ def metric(named: str | Callable[[list[Any], list[Any]], Any]) -> Metric:
         path, _, function = named.rpartition(":")
         return Metric(function, from_file(Path(path), function))
     return Metric(named, with_labels(of_sklearn(named)))
+
+
+def by_function(function: Any) -> Metric:
+    """A function, or a functools.partial of one; those of sklearn take the right answers first."""
+    if not callable(function):
+        raise UserError(f"metric {function!r} is neither a name nor a function")
+    inner = getattr(function, "func", function)
+    name = getattr(inner, "__name__", type(inner).__name__)
+    if not str(getattr(inner, "__module__", "")).startswith("sklearn.metrics"):
+        return Metric(name, function)
+    check_direction(name)
+    return Metric(name, with_labels(function))
 
 
 # -- a value for each row ---------------------------------------------------------------------------------------------
@@ -133,8 +144,8 @@ def of_sklearn(name: str) -> Callable[..., Any]:
     known = [each for each in sklearn.metrics.__all__ if takes_labels(getattr(sklearn.metrics, each))]
     if name in known:
         return getattr(sklearn.metrics, name)  # type: ignore[no-any-return]
-    if name.endswith(SMALLER_IS_BETTER) and hasattr(sklearn.metrics, name):
-        raise UserError(f"metric {name!r} is the better the smaller it is; give FILE.py:FUNCTION that turns it round")
+    if hasattr(sklearn.metrics, name):
+        check_direction(name)
     near = difflib.get_close_matches(name, [*ROW_METRICS, *known], n=1)
     there = f"give {', '.join(ROW_METRICS)}, a function of sklearn.metrics, evaluate:NAME or FILE.py:FUNCTION"
     raise UserError(f"no metric is called {name!r}; " + (f"did you mean {near[0]}?" if near else there))
@@ -148,20 +159,23 @@ def takes_labels(function: Any) -> bool:
     return [each.name for each in parameters if each.default is each.empty] in LABELS
 
 
-def is_of_sklearn(function: Any) -> bool:
-    """Whether a function takes the right answers first, as sklearn's metrics do."""
-    return str(getattr(function, "__module__", "")).startswith("sklearn.metrics")
+def check_direction(name: str) -> None:
+    """Refuse a metric of sklearn of which less is better."""
+    if name.endswith(SMALLER_IS_BETTER):
+        raise UserError(f"metric {name!r} is the better the smaller it is; give FILE.py:FUNCTION that turns it round")
 
 
 def with_labels(function: Callable[..., Any]) -> Callable[[list[Any], list[Any]], Any]:
     """A metric of sklearn on whole answers, spaces around them aside; averages are macro, and a class that no answer
-    has counts 0."""
-    given = {"average": "macro", "zero_division": 0}
+    has counts 0, where it is not said otherwise."""
+    given = {"average": "macro", "zero_division": 0, **getattr(function, "keywords", {})}
     options = {name: value for name, value in given.items() if name in inspect.signature(function).parameters}
 
     def one(answers: list[Any], references: list[Any]) -> Any:
         labels = [bare(answer) for answer in answers]
         right = [closest(label, reference) for label, reference in zip(labels, references, strict=True)]
+        if any(isinstance(label, str) for label in labels):
+            right = [str(label) for label in right]
         with about_labels():
             return function(right, labels, **options)
 
@@ -178,7 +192,7 @@ def closest(label: Any, reference: Any) -> Any:
     if not isinstance(reference, list | tuple | np.ndarray):
         return bare(reference)
     right = [bare(each) for each in reference]
-    return label if label in right else right[0]
+    return next((each for each in right if str(each) == str(label)), right[0])
 
 
 @contextmanager
@@ -197,7 +211,10 @@ def by_evaluate(name: str) -> Callable[[list[Any], list[Any]], float]:
     except ModuleNotFoundError:
         raise UserError(f"metric evaluate:{name} needs the package evaluate; run: pip install evaluate") from None
     name, _, wanted = name.partition(":")
-    loaded = evaluate.load(name)
+    try:
+        loaded = evaluate.load(name)
+    except Exception as error:  # it comes from the Hub, or from anybody's file
+        raise UserError(f"metric evaluate:{name} cannot be loaded ({wording(error)})") from None
 
     def one(answers: list[Any], references: list[Any]) -> float:
         found = loaded.compute(predictions=answers, references=references)
@@ -261,40 +278,32 @@ N_RESAMPLES = {0: 200, 1: 1000}
 def compared(metric: Metric, best: Sequence[Any], default: Sequence[Any], references: Sequence[Any]) -> Compared:
     """Two sets of answers to the same rows, with intervals by resampling rows for both alike; None where the metric
     has no value."""
-    ours, theirs = (judged(metric, answers, references) for answers in (best, default))
+    sides = [judged(metric, answers, references) for answers in (best, default)]
     told = [
-        {metric.name: value, f"{metric.name}_interval": percentile_interval(drawn)} for value, drawn in (ours, theirs)
+        {"n": len(references), metric.name: defined(side[0]), f"{metric.name}_interval": percentile_interval(side[1:])}
+        for side in sides
     ]
-    if ours.value is None or theirs.value is None:
-        return Compared(told[0], told[1], None, None)
-    return Compared(told[0], told[1], ours.value - theirs.value, percentile_interval(ours.drawn - theirs.drawn))
+    gain = sides[0] - sides[1]
+    return Compared(told[0], told[1], defined(gain[0]), percentile_interval(gain[1:]))
 
 
-class Judged(NamedTuple):
-    """The metric of answers, and (n_resamples,) of resampled rows."""
-
-    value: float | None
-    drawn: Floats
-
-
-def judged(metric: Metric, answers: Sequence[Any], references: Sequence[Any]) -> Judged:
-    """The metric of answers; without a value, why is logged."""
+def judged(metric: Metric, answers: Sequence[Any], references: Sequence[Any]) -> Floats:
+    """(1 + n_resamples,) of the metric, on all rows and on resampled ones, NaN where it has no value; (1,) and logged
+    where it has none on all rows."""
     try:
         own = values(metric, answers, references)
     except Failed as error:
         log.warning("%s", error)
-        return Judged(None, np.full(1, np.nan))
-    return Judged(float(own.mean()), resampled(metric, answers, references, own))
+        return np.full(1, np.nan)
+    parts = resamples([np.arange(len(answers))], seed=0, n=N_RESAMPLES[own.ndim])
+    rows = np.concatenate([part[0] for part in parts])
+    drawn = own[rows].mean(axis=1) if own.ndim else [again(metric, answers, references, row) for row in rows.tolist()]
+    return np.array([own.mean(), *drawn])
 
 
-def resampled(metric: Metric, answers: Sequence[Any], references: Sequence[Any], own: Floats) -> Floats:
-    """(n_resamples,) of the metric whose values on all rows are `own`; NaN where it has no value."""
-    rows = np.arange(len(answers))
-    parts = resamples([rows], seed=0, n=N_RESAMPLES[own.ndim])
-    drawn = np.concatenate([part[0] for part in parts])
-    if own.ndim:
-        return np.asarray(own[drawn].mean(axis=1))
-    return np.array([again(metric, answers, references, row) for row in drawn.tolist()], dtype=np.float64)
+def defined(value: np.float64) -> float | None:
+    """A number, None for NaN."""
+    return None if np.isnan(value) else float(value)
 
 
 def again(metric: Metric, answers: Sequence[Any], references: Sequence[Any], rows: list[int]) -> float:

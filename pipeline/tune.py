@@ -12,12 +12,25 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pipeline import findings, search, space, splits, storage, study, trial_table, tried, tune_answers, tune_ratings
+from pipeline import (
+    candidates,
+    findings,
+    search,
+    space,
+    splits,
+    storage,
+    study,
+    trial_table,
+    tried,
+    tune_answers,
+    tune_ratings,
+)
 from pipeline.config import Recipe, merge
 from pipeline.engines.kept import Kept
 from pipeline.errors import UserError
 from pipeline.metrics import Interval
 from pipeline.shards import find_shards, fingerprint
+from pipeline.spending import check_budget, has_prices
 from pipeline.storage import write_text
 from pipeline.tracking import Result, Stage, read_json, stage
 from pipeline.trials import Compared, Failed, OutOfBudget, Positions, Task, Trial
@@ -63,7 +76,7 @@ class TuneResult(Result):
     """The best's objective less the default's, on the documents held out."""
     gain_interval: Interval | None
     is_better: bool
-    """Whether the whole interval of the gain is above 0."""
+    """Whether it is not the defaults, and the whole interval of the gain is above 0."""
     sentence: str
     ceiling: dict[str, Any] | None
     """How far people agree among themselves, where several gave scores."""
@@ -90,13 +103,15 @@ def run(recipe: Recipe, redo: bool = False) -> TuneResult:
         if done:
             return done
         task = TASKS[kind](recipe, kept, work.folder)
+        check_space(recipe, task)
         folds = parts(recipe, task)
         begin(work, anew)
         trials, stopped_by = searched(work, task, folds)
         best = search.best(trials)
         compared = judged(task, trials, folds)
         told = findings.sentence(task.objective, best, compared)
-        write_best(work, task.settings(best.params, work.folder), told, kind)
+        kept_params = best.params if (compared.gain or 0) > 0 else {}
+        write_best(work, task.settings(kept_params, work.folder), told, kind)
         return work.finish(summarise(work, task, kind, folds, trials, compared, stopped_by))
 
 
@@ -115,6 +130,14 @@ def check(recipe: Recipe) -> str:
             f"tune.folds: {what} goes by all documents, so that no fold is held out from it; set search random or grid"
             " without halving, or leave folds out"
         )
+    check_budget(tune, [recipe.teacher])
+    if tune.usd_weight and not has_prices(recipe.teacher):
+        raise UserError(
+            f"tune.usd_weight: the price of {recipe.teacher.model} is not known; give"
+            " teacher.usd_per_million_prompt_tokens and teacher.usd_per_million_answer_tokens"
+        )
+    if recipe.teacher.batch_folder:
+        raise UserError("teacher.batch_folder: each trial would wait for a batch; leave it out to tune")
     if tune.workers > 1 and recipe.teacher.engine != "openai":
         raise UserError(
             f"tune.workers: {recipe.teacher.engine} runs one trial at a time; leave it at 1, or use engine openai"
@@ -122,17 +145,35 @@ def check(recipe: Recipe) -> str:
     return "answers" if given == ["reference"] else "ratings"
 
 
+def check_space(recipe: Recipe, task: Task) -> None:
+    """Refuse values that the teacher's settings do not take, and a space in which everything is asked alike."""
+    each = [{name: value} for name, values in recipe.tune.space.items() for value in space.some(values)]
+    for params in each:
+        candidates.taught(recipe.teacher, params, "tune.space")
+    keys = set()
+    for params in [{}, *each]:
+        try:
+            keys.add(task.key(params))
+        except UserError as error:  # beside other settings it may be fine
+            keys.add(str(error))
+    if len(keys) == 1:
+        raise UserError(
+            f"tune.space: {', '.join(recipe.tune.space)} {'makes' if len(recipe.tune.space) == 1 else 'make'} no"
+            " difference to what is asked or read (prompts that compare choices generate nothing); vary something else"
+        )
+
+
 def inputs(recipe: Recipe, kind: str) -> dict[str, Any]:
     """Everything that decides what is found."""
     tune = recipe.tune
     shards = find_shards(recipe.corpus) if recipe.corpus.path or not tune.gold else []
-    paths = tune_ratings.prompt_files(recipe) if kind == "ratings" else []
+    asked = tune_ratings.asked_with(recipe) if kind == "ratings" else {}
     metric = Path((tune.objective or "").rpartition(":")[0])
     return {
         "corpus": recipe.corpus.identity(),
         "shards": {shard.name: fingerprint(shard) for shard in shards},
         "gold": content(tune.gold) if tune.gold else None,
-        "prompts": {str(path): tune_ratings.loaded(path).digest for path in paths},
+        "prompts": {path: prompt.digest for path, prompt in asked.items()},
         "teacher": recipe.teacher.identity(),
         "calibrate": recipe.rate.calibrate,
         "near_duplicates": recipe.train.near_duplicates,
@@ -270,7 +311,7 @@ def best_on(task: Task, trials: Sequence[Trial], positions: Positions) -> Trial:
 
 
 def write_best(work: Stage, settings: dict[str, Any], told: str, kind: str) -> None:
-    """The recipe with the settings that were found, for rate to take as it is."""
+    """The recipe with the settings that were found, for rate to take as it is; as it was, if nothing was gained."""
     recipe = work.recipe
     given = recipe.model_dump(mode="json", exclude_unset=True, exclude={"tune"})
     asked = recipe.tune.model_dump(mode="json", exclude_unset=True, include=OF_ANSWERS) if kind == "answers" else {}
@@ -309,7 +350,7 @@ def summarise(
         best=findings.figures(best, task.objective, {"number": best.number, "params": best.params}, compared.best),
         gain=compared.gain,
         gain_interval=compared.gain_interval,
-        is_better=findings.is_better(compared),
+        is_better=findings.is_better(best, compared),
         sentence=findings.sentence(task.objective, best, compared),
         importances=study.importances(file_of(work)),
         confusion=compared.confusion,

@@ -4,13 +4,11 @@ from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from pipeline import generation, space, teacher, text_metrics
 from pipeline.candidates import ASKED_WITH, INSIDE, taught
-from pipeline.config import Corpus, Recipe, Teacher, digest, merge
+from pipeline.config import Corpus, Recipe, Teacher, merge
 from pipeline.corpus import column, decoded, read, text_id
 from pipeline.engines import engine
 from pipeline.engines.kept import Kept
@@ -19,7 +17,7 @@ from pipeline.panel import Desk, Start
 from pipeline.prompts import Prompt
 from pipeline.sample import priority
 from pipeline.shards import Counts, Shard, find_shards
-from pipeline.spending import Spending, check_budget, cost, has_prices
+from pipeline.spending import Spending, cost, has_prices
 from pipeline.teacher import Answer, AnswerStore
 from pipeline.text_metrics import Metric
 from pipeline.trials import Compared, Failed, Outcome, OutOfBudget, Params, Positions
@@ -40,7 +38,6 @@ def of(recipe: Recipe, kept: Kept, folder: Path) -> "Answers":
     """The task of a recipe with tune.reference; answers are recorded in the folder."""
     tune = recipe.tune
     space.read(tune.space, TUNABLE)
-    check_price(recipe)
     reference, metric = str(tune.reference), text_metrics.metric(tune.objective or "exact_match")
     names = [reference, *(name for template in templates(recipe) for name in generation.columns(template))]
     rows = drawn(recipe.corpus, list(dict.fromkeys(names)), reference, tune.sample, recipe.seed)
@@ -48,18 +45,17 @@ def of(recipe: Recipe, kept: Kept, folder: Path) -> "Answers":
         what = f"{len(rows)} rows with a value in {reference!r} are used"
         raise UserError(f"tune.reference: of {recipe.corpus.path} {what}; {FEWEST} are the least")
     right = [right_answers(row[reference]) for row in rows]
+    check_metric(metric, right)
     start = engine if tune.workers > 1 else kept.start
     return Answers(recipe, metric, rows, right, folder / "answers.sqlite", start)
 
 
-def check_price(recipe: Recipe) -> None:
-    """Refuse a budget or a weight in dollars where prices are not known."""
-    check_budget(recipe.tune, [recipe.teacher])
-    if recipe.tune.usd_weight and not has_prices(recipe.teacher):
-        raise UserError(
-            f"tune.usd_weight: the price of {recipe.teacher.model} is not known; give"
-            " teacher.usd_per_million_prompt_tokens and teacher.usd_per_million_answer_tokens"
-        )
+def check_metric(metric: Metric, right: list[list[str]]) -> None:
+    """Refuse, before answers are paid for, a metric that fails even on the right ones."""
+    try:
+        text_metrics.score(metric, [each[0] for each in right], right)
+    except Failed as error:
+        raise UserError(f"tune.objective: {error} on the right answers themselves; mend it") from None
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -96,12 +92,6 @@ def right_answers(value: Any) -> list[str]:
     return [text for text in texts if text]
 
 
-def units(rows: Sequence[Row], template: str) -> NDArray[np.int64]:
-    """(n_rows,) rows in which the template asks the same are one unit."""
-    asked = [generation.fill(template, row) for row in rows]
-    return np.unique(asked, return_inverse=True)[1].astype(np.int64)
-
-
 # -- the task ---------------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +106,7 @@ class Answers:
         self.store, self.start = store, start
         self.objective, self.n_documents = metric.name, len(rows)
         self.strata: Sequence[Hashable] = [0] * len(rows)
-        self.units = units(rows, str(recipe.tune.template))
+        self.units = generation.units([generation.fill(str(recipe.tune.template), row) for row in rows])
         self.spending = Spending(recipe.tune, recipe.tune.workers)
 
     def tunable(self) -> Sequence[str]:
@@ -126,10 +116,7 @@ class Answers:
     def key(self, params: Params) -> str:
         """The same for parameters that ask the same."""
         template, prompt, settings = self.asked_with(params)
-        asked = teacher.identity(prompt, settings)
-        if not prompt.chat:
-            asked.pop("chat_template_args", None)
-        return digest([template, prompt.asked_digest, asked])
+        return generation.key(template, prompt, settings)
 
     def recall(self, params: Params) -> None:
         """Counts what was paid for these parameters earlier."""
@@ -142,7 +129,7 @@ class Answers:
     def outcome(self, params: Params, positions: Positions) -> Outcome:
         """The metric of the answers to these rows."""
         answers = self.answers(params, positions)
-        if not not_left_out(*answers):
+        if any(answer.finish == "not_asked" for answer in answers):
             raise OutOfBudget(str(self.spending.stopped_by))
         figures = self.figures(params, answers)
         value = text_metrics.score(self.metric, texts_of(answers), self.right_at(positions))
@@ -165,13 +152,12 @@ class Answers:
         ours = [each for params, positions in folds for each in self.answers(params, positions)]
         theirs = [each for positions in held_out for each in self.answers({}, positions)]
         right = [each for positions in held_out for each in self.right_at(positions)]
-        asked = [i for i, both in enumerate(zip(ours, theirs, strict=True)) if not_left_out(*both)]
-        ours, theirs = [ours[i] for i in asked], [theirs[i] for i in asked]
+        asked = [i for i in range(len(right)) if "not_asked" not in (ours[i].finish, theirs[i].finish)]
+        ours, theirs = ([side[i] for i in asked] for side in (ours, theirs))
         right = [right[i] for i in asked]
         found = text_metrics.compared(self.metric, texts_of(ours), texts_of(theirs), right)
         return found._replace(
-            best={"n": len(right), **found.best, **self.figures(best[0], ours)},
-            default={"n": len(right), **found.default, **self.figures({}, theirs)},
+            best={**found.best, **self.figures(best[0], ours)}, default={**found.default, **self.figures({}, theirs)}
         )
 
     def settings(self, best: Params, folder: Path) -> dict[str, Any]:
@@ -186,6 +172,11 @@ class Answers:
         }
         return {section: values for section, values in found.items() if values}
 
+    def told(self, best: Params) -> dict[str, Any]:
+        """Nothing more."""
+        del best
+        return {}
+
     # -- asking
 
     def asked_with(self, params: Params) -> tuple[str, Prompt, Teacher]:
@@ -195,11 +186,6 @@ class Answers:
         template, *around = (params.get(name, getattr(tune, name)) for name in OWN)
         prompt = generation.question_prompt(*around)
         return template, prompt, taught(base, {name: params[name] for name in params if name not in OWN})
-
-    def told(self, best: Params) -> dict[str, Any]:
-        """Nothing more."""
-        del best
-        return {}
 
     def answers(self, params: Params, positions: Positions) -> list[Answer]:
         """What the teacher says to these rows, as far as the budget goes."""
@@ -222,11 +208,6 @@ class Answers:
             "tokens_per_document": (read + written) / n,
             "usd_per_1000": 1000 * cost(settings, read, written) / n if has_prices(settings) else None,
         }
-
-
-def not_left_out(*answers: Answer) -> bool:
-    """Whether the budget allowed all of these questions."""
-    return all(answer.finish != "not_asked" for answer in answers)
 
 
 def texts_of(answers: Sequence[Answer]) -> list[str]:

@@ -1,5 +1,6 @@
 """Tuning a teacher that rates: what settings come to on documents whose score is known."""
 
+import logging
 from collections.abc import Hashable, Sequence
 from functools import cache
 from itertools import repeat
@@ -22,9 +23,11 @@ from pipeline.metrics import Floats
 from pipeline.objectives import Objective
 from pipeline.panel import Rater, Start
 from pipeline.prompts import Line, Prompt
-from pipeline.spending import Spending, check_budget, cost, has_prices
+from pipeline.spending import Spending, cost, has_prices
 from pipeline.teacher import AnswerStore
 from pipeline.trials import Compared, Failed, Outcome, OutOfBudget, Params, Positions
+
+log = logging.getLogger("gristmill")
 
 ENDLESS = (-128.0, 127.0)
 """A scale on which no log-odds are clipped."""
@@ -38,32 +41,40 @@ def of(recipe: Recipe, kept: Kept, _: Path) -> "Ratings":
     """The task of a recipe with known scores; what cannot be is refused before anything is asked."""
     tune = recipe.tune
     space.read(tune.space, candidates.TUNABLE)
-    asked = [loaded(path) for path in prompt_files(recipe)]
-    check_budget(tune, [recipe.teacher])
-    if tune.usd_weight and not has_prices(recipe.teacher):
-        raise UserError(
-            f"tune.usd_weight: the price of {recipe.teacher.model} is not known; give"
-            " teacher.usd_per_million_prompt_tokens and teacher.usd_per_million_answer_tokens"
-        )
+    asked = list(asked_with(recipe).values())
     found = known.read(recipe)
     objective = objectives.of(tune.objective, tune.good_from, found.scores, asked[0].scale)
     for prompt in asked:
         objectives.check_defined(objective, found.scores, prompt.scale)
+    warn_of_few(found.scores, objective, 1 if tune.folds else tune.held_out_share)
     return Ratings(recipe, found, objective, engine if tune.workers > 1 else kept.start)
 
 
-def prompt_files(recipe: Recipe) -> list[Path]:
-    """The prompt of the recipe, then those of the search space."""
+def warn_of_few(scores: Floats, objective: Objective, share: float) -> None:
+    """Say so before anything is paid for, where the share that is held out will not tell what is better."""
+    truth = scores >= objective.good_from if objective.name in ("auc", "f1") else scores
+    if share * objectives.n_others(truth) < objectives.FEWEST_OTHERS:
+        log.warning(
+            "tune: %d of %d documents are all alike in what is known of them; those held out are too few to tell what"
+            " is better, so give more of the others",
+            len(scores) - objectives.n_others(truth),
+            len(scores),
+        )
+
+
+def asked_with(recipe: Recipe) -> dict[str, Prompt]:
+    """The prompt of the recipe, then those of the search space, by their files."""
     given = recipe.tune.space.get("prompt", [])
     first = required(recipe.rate.prompt, "rate.prompt", "prompts/edu-en.md")
-    return [first, *(Path(str(path)) for path in (given if isinstance(given, list) else [given]))]
+    others = [str(path) for path in (given if isinstance(given, list) else [given])]
+    return {str(first): loaded(first, "rate.prompt")} | {path: loaded(Path(path)) for path in others}
 
 
-def loaded(path: Path) -> Prompt:
-    """A prompt file that asks for a score."""
-    prompt = prompts.load(path, "tune.space.prompt")
+def loaded(path: Path, setting: str = "tune.space.prompt") -> Prompt:
+    """A prompt file that asks for a score; `setting` is where it was named."""
+    prompt = prompts.load(path, setting)
     if prompt.read == "label":
-        raise UserError(f"tune.space.prompt: {path} asks for labels; give prompts that ask for a score")
+        raise UserError(f"{setting}: {path} asks for labels; give prompts that ask for a score")
     return prompt
 
 
@@ -125,6 +136,7 @@ class Ratings:
             self.objective,
             self.together(winners, chosen_on, there),
             self.together([default] * len(winners), chosen_on, there),
+            len(winners),
         )
 
     def settings(self, best: Params, folder: Path) -> dict[str, Any]:

@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, clone, is_classifier, is_regressor
 from sklearn.model_selection import cross_val_predict
+from sklearn.utils import check_consistent_length
+from sklearn.utils.validation import check_is_fitted
 
-from pipeline import search, text_metrics
+from pipeline import findings, panel, search, splits, text_metrics
 from pipeline.config import Budget, Tune, digest
 from pipeline.errors import UserError
-from pipeline.generation import Generator
+from pipeline.generation import Generator, filled, units
 from pipeline.spending import Spending
 from pipeline.text_metrics import Metric
 from pipeline.trials import Compared, Failed, Outcome, Params, Positions, Trial
@@ -68,8 +70,11 @@ class Tuner(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
 
     def fit(self, X: Any, y: Any) -> "Tuner":  # noqa: N803
         """Searches; y holds the right answer of each row, or several."""
+        check_consistent_length(X, y)
+        if len(y) < FEWEST:
+            raise UserError(f"Tuner: {len(y)} rows; give at least {FEWEST}")
         settings, task = self.settings(), Rows(self.estimator, X, list(y), metric_of(self.estimator, self.metric))
-        chosen_on, held_out = parts(task.n_documents, settings.held_out_share, self.seed)
+        chosen_on, held_out = parts(task, settings.held_out_share, self.seed)
         with study_file(self.storage) as file:
             tried = search.search(task, self.space, chosen_on, settings, self.seed, file, tell)
         self.trials_ = with_greedy(task, tried, chosen_on)
@@ -77,16 +82,18 @@ class Tuner(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
         self.best_params_, self.best_score_, self.default_score_ = won.params, won.value, tried[0].value
         compared = task.compared([won.params], [chosen_on], [held_out])
         self.held_out_ = {name: value for name, value in compared._asdict().items() if name != "confusion"}
-        self.sentence_ = sentence(task.objective, won, compared, len(held_out))
+        self.sentence_ = findings.sentence(task.objective, won, compared)
         self.best_estimator_ = clone(self.estimator).set_params(**won.params).fit(X, y)
         return self
 
     def predict(self, X: Any) -> NDArray[Any]:  # noqa: N803
         """The predictions of the best."""
+        check_is_fitted(self)
         return self.best_estimator_.predict(X)  # type: ignore[no-any-return]
 
     def score(self, X: Any, y: Any) -> float:  # noqa: N803
         """The metric of the best's predictions."""
+        check_consistent_length(X, y)
         metric = metric_of(self.estimator, self.metric)
         return text_metrics.score(metric, list(self.predict(X)), list(y))
 
@@ -96,8 +103,7 @@ class Tuner(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
         try:
             return Tune.model_validate({name: getattr(self, name) for name in given})
         except ValidationError as error:
-            first = error.errors()[0]
-            raise UserError(f"Tuner: {first['loc'][0]}: {first['msg']}, got {first['input']!r}") from None
+            raise UserError(f"Tuner: {panel.explain(error)}") from None
 
 
 def metric_of(estimator: Any, metric: Any) -> Metric:
@@ -111,13 +117,16 @@ def metric_of(estimator: Any, metric: Any) -> Metric:
     return text_metrics.metric(own)
 
 
-def parts(n: int, held_out_share: float, seed: int) -> tuple[Positions, Positions]:
-    """Rows to choose on and rows held out, drawn by seed."""
-    if n < FEWEST:
-        raise UserError(f"Tuner: {n} rows; give at least {FEWEST}")
-    n_held_out = min(max(round(held_out_share * n), 3), n - 3)
-    order = np.random.default_rng(seed).permutation(n)
-    return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
+def parts(task: "Rows", held_out_share: float, seed: int) -> tuple[Positions, Positions]:
+    """Rows to choose on and rows held out; whole units, evenly by stratum."""
+    names = np.array([f"{unit:012d}" for unit in task.units])
+    shares = {"chosen_on": 1 - held_out_share, "held_out": held_out_share}
+    sides = splits.deal(task.units, names, task.strata, shares, seed)
+    chosen_on, held_out = (np.flatnonzero(sides == side) for side in shares)
+    if min(len(chosen_on), len(held_out)) < FOLDS:
+        what = f"{len(chosen_on)} to choose on and {len(held_out)} held out; {FOLDS} each are the least"
+        raise UserError(f"Tuner: held_out_share {held_out_share:g} makes of {task.n_documents} rows {what}")
+    return chosen_on, held_out
 
 
 @contextmanager
@@ -152,22 +161,6 @@ def with_greedy(task: "Rows", tried: list[Trial], chosen_on: Positions) -> list[
     return [*tried, greedy]
 
 
-def sentence(name: str, won: Trial, compared: Compared, n: int) -> str:
-    """What was found, for people."""
-    ours, theirs = compared.best[name], compared.default[name]
-    if ours is None or theirs is None:
-        return f"{name} has no value on the {n} rows held out, so that nothing can be said of a gain."
-    if not won.params:
-        return f"Nothing that was tried was better than the defaults, {name} {theirs:.3f} on {n} rows held out."
-    with_what = ", ".join(f"{parameter} {value!r}" for parameter, value in won.params.items())
-    low, high = compared.gain_interval or (-np.inf, np.inf)
-    verdict = "better than the defaults" if low > 0 else "no reliable gain"
-    return (
-        f"On {n} rows held out {name} is {ours:.3f} with {with_what}, and {theirs:.3f} with the defaults: a gain of"
-        f" {compared.gain:+.3f} (95% {low:+.3f} to {high:+.3f}), {verdict}."
-    )
-
-
 # -- the task ---------------------------------------------------------------------------------------------------------
 
 
@@ -177,8 +170,9 @@ class Rows:
     def __init__(self, estimator: Any, rows: Any, right: list[Any], metric: Metric) -> None:
         self.estimator, self.rows, self.right, self.metric = estimator, rows, right, metric
         self.objective, self.n_documents = metric.name, len(right)
-        self.strata: Sequence[Hashable] = [0] * len(right)
-        self.units = np.arange(len(right), dtype=np.int64)
+        self.strata: Sequence[Hashable] = right if is_classifier(estimator) else [0] * len(right)
+        is_asked = isinstance(estimator, Generator)
+        self.units = units(filled(estimator.template, rows)) if is_asked else np.arange(len(right))
         self.spending = Spending(Budget())
 
     def tunable(self) -> Sequence[str]:

@@ -1,6 +1,6 @@
 """What tuning gains on documents that nothing was chosen on.
 
-    python scripts/bench_tune.py FOLDER [--trials 16] [--sample 300] [--answers 100] [--answer-trials 20]
+    python scripts/bench_tune.py FOLDER [--trials 12] [--sample 300] [--answers 100] [--answer-trials 20]
 
 FOLDER holds dclm_human_quality_en, onestop_levels_en and dolly3k_sft_en, each as <set>/data.parquet. On the first two
 the teacher is tuned to rate like people: the default prompt beside the best one, by AUC. On the third it is tuned to
@@ -25,8 +25,8 @@ RATINGS: dict[str, dict[str, Any]] = {
 ANSWERS = "dolly3k_sft_en"
 RATING_SPACE = {
     "prompt": [str(PROMPTS / f"{name}.md") for name in ("quality", "demo", "contrast-en")],
-    "document_tokens": [100, 200, 400],
-    "examples": [0, 2, 4],
+    "document_tokens": [100, 200],
+    "examples": [0, 2],
     "calibrate": [False, True],
 }
 TEMPLATES = ["{{ instruction }}\n\n{{ input }}", "Answer in one or two sentences.\n\n{{ instruction }}\n\n{{ input }}"]
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--trials", type=int, default=16)
+    parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--sample", type=int, default=300, help="rated documents, some of them held out")
     parser.add_argument("--answers", type=int, default=100, help="questions, some of them held out")
     parser.add_argument("--answer-trials", type=int, default=20)
@@ -65,12 +65,12 @@ def main() -> None:
 
 def of_ratings(name: str, asked: argparse.Namespace) -> dict[str, Any]:
     """The default prompt is a rubric with a grade."""
-    searched = {"space": RATING_SPACE, "trials": asked.trials, "sample": asked.sample, "objective": "auc"}
+    searched = {"space": RATING_SPACE, "trials": asked.trials, "halving": True, "example_characters": 300}
     return {
         "corpus": {"path": str(asked.folder / name / "data.parquet")},
-        "teacher": {"model": asked.model, "document_tokens": 400},
+        "teacher": {"model": asked.model, "document_tokens": 200},
         "rate": {"prompt": str(PROMPTS / "quality.md")},
-        "tune": {**searched, **RATINGS[name]},
+        "tune": {"objective": "auc", "sample": asked.sample, **searched, **RATINGS[name]},
     }
 
 

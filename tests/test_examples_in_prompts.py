@@ -16,7 +16,7 @@ from pipeline.config import Teacher
 from pipeline.engines import engine
 from pipeline.engines.layout import EXAMPLE, Layout
 from pipeline.errors import Pending, UserError
-from pipeline.few_shot import answer_for, drawn, on_scale, shown
+from pipeline.few_shot import Pool, answer_for, drawn, on_scale, shown
 from pipeline.prompts import Example, Prompt
 from pipeline.reading import read_json, read_text
 from pipeline.teacher import Answer, Question, questions
@@ -280,7 +280,7 @@ def test_where_no_answer_is_known_one_line_says_what_to_set(prompt: Prompt, mess
 # -- drawn from known documents
 
 
-POOL = [(f"text {n}", n / 4) for n in range(20)]
+POOL = Pool([(f"text {n}", n / 4) for n in range(20)], (0, 4.75))
 
 
 def test_examples_are_spread_over_the_scores_and_no_text_stands_twice():
@@ -290,7 +290,9 @@ def test_examples_are_spread_over_the_scores_and_no_text_stands_twice():
 
 
 def test_a_draw_is_the_same_whatever_the_order_of_the_pool_and_draws_differ():
-    assert drawn(digits(), POOL, 5, 3, 600) == drawn(digits(), POOL[::-1], 5, 3, 600)
+    assert drawn(digits(), POOL, 5, 3, 600) == drawn(
+        digits(), POOL._replace(documents=POOL.documents[::-1]), 5, 3, 600
+    )
     assert len({drawn(digits(), POOL, 5, draw, 600) for draw in range(6)}) == 6
     assert drawn(digits(), POOL, 0, 3, 600) == ()
 
@@ -306,13 +308,20 @@ def test_a_long_text_is_cut_at_a_space_and_marked():
 
 
 def test_yes_and_no_are_the_ends_of_the_scale_and_other_scores_are_kept_or_stretched():
-    assert on_scale([0, 1, 1], (1, 5)) == [1, 5, 5]
-    assert on_scale([0, 1], (0, 1)) == [0, 1]
-    assert on_scale([1, 2, 3], (0, 5)) == [1, 2, 3]
-    assert on_scale([10, 55, 100], (0, 5)) == [0, 2.5, 5]
-    assert on_scale([7, 7], (0, 5)) == [0, 0]
-    answers = {example.text: example.answer for example in drawn(choosing(), [("bad", 0), ("good", 1)], 2, 0, 600)}
+    assert [on_scale(score, (0, 1), (1, 5)) for score in (0, 0.5, 1)] == [1, 3, 5]
+    assert [on_scale(score, (0, 1), (0, 1)) for score in (0, 1)] == [0, 1]
+    assert [on_scale(score, (1, 3), (0, 5)) for score in (1, 2, 3)] == [1, 2, 3]
+    assert [on_scale(score, (10, 100), (0, 5)) for score in (10, 55, 100)] == [0, 2.5, 5]
+    assert on_scale(7, (7, 7), (0, 5)) == 0
+    pool = Pool([("bad", 0), ("good", 1)], (0, 1))
+    answers = {example.text: example.answer for example in drawn(choosing(), pool, 2, 0, 600)}
     assert answers == {"bad": " spam", "good": " educational"}
+
+
+def test_a_pool_of_good_documents_alone_is_shown_as_good():
+    """Where most are good, those with the median score of each part are all good."""
+    examples = drawn(digits(), Pool([("a", 1), ("b", 1)], (0, 1)), 2, 0, 600)
+    assert {answer for _, answer in [(each.text, each.answer) for each in examples]} == {answer_for(digits(), 5)}
 
 
 # -- in files

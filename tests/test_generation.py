@@ -21,7 +21,7 @@ from sklearn.utils.validation import check_is_fitted
 from pipeline import generation
 from pipeline.engines import transformers as engine
 from pipeline.errors import UserError
-from pipeline.generation import Generator, columns, fill
+from pipeline.generation import Generator, columns, fill, filled
 
 QUESTIONS = [f"What is {a} and {b}?" for a, b in zip("abcdefghijkl", "mnopqrstuvwx", strict=True)]
 ROWS = [{"question": question, "n": i, "of": {"author": f"nr {i}"}} for i, question in enumerate(QUESTIONS)]
@@ -68,6 +68,31 @@ def test_what_is_missing_leaves_its_place_empty():
 def test_a_dot_reaches_into_objects_and_what_is_no_text_is_written_out():
     row = {"a": {"b": "inner"}, "n": np.int64(3), "x": 0.5, "several": ["é", "two"]}
     assert fill("{{ a.b }} {{ n }} {{ x }} {{ several }}", row) == 'inner 3 0.5 ["é", "two"]'
+
+
+def test_what_pandas_calls_missing_is_missing_and_its_arrays_are_lists():
+    table = pd.DataFrame(
+        {
+            "n": pd.array([1, None], dtype="Int64"),
+            "day": pd.to_datetime(["2020-01-01", None]),
+            "several": [np.array(["é", "two"]), np.array([], dtype=object)],
+        }
+    )
+    assert filled("{{ n }} {{ day }} {{ several }}", table) == ['1 2020-01-01 00:00:00 ["é", "two"]', "  []"]
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        ("What?", "a single str"),
+        (Dataset.from_list(ROWS)[:2], "a single dict"),
+        (np.array([["What?"], ["Why?"]]), "of type ndarray"),
+        ([["What?"]], "of type list"),
+    ],
+)
+def test_what_is_no_table_is_not_taken_for_one(table, told):
+    with pytest.raises(UserError, match=told):
+        filled("{{ text }}", table)
 
 
 def test_a_column_that_is_not_there_is_refused_with_those_that_are():
@@ -164,6 +189,11 @@ def test_cross_validation_scores_the_parts_as_score_does(tiny_causal):
     scores = cross_val_score(generator, ROWS, right, cv=3)
     assert scores.tolist() == pytest.approx([generator.score(ROWS[i : i + 4], right[i : i + 4]) for i in (0, 4, 8)])
     assert 0 < scores.mean() < 1
+
+
+def test_answers_are_not_judged_by_those_of_other_rows():
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        Generator("m", template=TEMPLATE).score(ROWS, QUESTIONS[:5])
 
 
 def test_it_may_stand_at_the_end_of_a_pipeline(tiny_causal):

@@ -1,5 +1,7 @@
 """What a teacher that rates is tuned by: measures that agree with the plain ones, and what they refuse."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -62,6 +64,43 @@ def test_the_gain_is_measured_on_the_same_documents_for_both() -> None:
     assert high - low < 0.05 * (alone[1] - alone[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "n", "n_good"), [("auc", 60, 5), ("auc", 24, 12), ("kappa", 12, 0), ("spearman", 24, 0)]
+)
+def test_equal_teachers_are_hardly_ever_told_apart(name: str, n: int, n_good: int) -> None:
+    """At most 2.5% of the time, give or take what 400 times can tell, is one better than another just like it."""
+    rng, n_better = np.random.default_rng(0), 0
+    for _ in range(400):
+        truth = np.arange(n) < n_good if n_good else rng.integers(0, 6, n).astype(float)
+        twins = [truth + rng.normal(0, 1.5, n) for _ in range(2)]
+        sides = [objectives.sides(Objective(name, 1.0, n_good > 0), truth * 1.0, each, SCALE, 0.0) for each in twins]
+        interval = objectives.gain_interval(name, *sides)
+        n_better += interval is not None and interval[0] > 0
+    assert n_better <= 400 * 0.025 + 2 * math.sqrt(400 * 0.025)
+
+
+def test_folds_tell_no_more_than_they_know() -> None:
+    """Each document is held out once, but helps to choose what is judged on all others: eight twins of the default."""
+    rng, n_better = np.random.default_rng(0), 0
+    for _ in range(200):
+        truth = rng.integers(0, 6, 60).astype(float)
+        twins, fold, found = truth + rng.normal(0, 2, (9, 60)), np.arange(60) % 5, np.empty(60)
+        for held in range(5):
+            values = [objectives.value("spearman", truth[fold != held], twin[fold != held]) or 0.0 for twin in twins]
+            found[fold == held] = twins[int(np.argmax(values))][fold == held]
+        interval = objectives.gain_interval("spearman", (truth, found), (truth, twins[0]), n_folds=5)
+        n_better += interval is not None and interval[0] > 0
+    assert n_better <= 5 + 2 * math.sqrt(5)
+
+
+def test_with_a_single_good_document_nothing_is_known_of_a_gain() -> None:
+    truth = np.arange(40) == 7
+    best, default = (truth, truth * 1.0), (truth, np.arange(40.0))
+    assert objectives.value("auc", *best) == 1
+    assert objectives.gain_interval("auc", best, default) is None
+    assert objectives.n_others(truth) == objectives.n_others(~truth) == 1
+
+
 @given(st.lists(st.floats(-5, 5), min_size=5, max_size=30, unique=True), st.floats(0.1, 10), st.floats(-3, 3))
 def test_standard_scores_do_not_depend_on_the_scale(values: list[float], slope: float, offset: float) -> None:
     scores = np.round(values, 3)
@@ -99,6 +138,7 @@ def test_true_and_false_are_on_no_scale_but_their_own() -> None:
     assert objectives.is_on(np.array([0.0, 1, 1]), (0, 1))
     assert objectives.is_on(TRUTH, SCALE)
     assert not objectives.is_on(TRUTH + 1, SCALE)
+    assert not objectives.is_on(np.array([0.0, 0.5, 1]), SCALE), "two people said yes or no"
 
 
 @pytest.mark.parametrize(

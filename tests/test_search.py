@@ -43,6 +43,7 @@ class Hill:
     value: Callable[[Params], float] = height
     objective: str = "height"
     n_documents: int = 100
+    strata: Sequence[int] = (0,) * 100
     asked: list[tuple[Params, int]] = field(default_factory=list)
 
     def tunable(self) -> Sequence[str]:
@@ -399,7 +400,7 @@ def test_the_shares_of_halving_lie_within_each_other() -> None:
     assert search.rungs(400) == [50, 100, 200, 400]
     assert search.rungs(100) == [25, 50, 100]
     assert search.rungs(39) == [39]
-    shares = [set(each.tolist()) for each in search.growing(np.arange(5, 405), search.rungs(400), seed=1)]
+    shares = [set(each.tolist()) for each in search.growing(np.arange(5, 405), search.rungs(400), 1, [0] * 405)]
     assert [len(share) for share in shares] == [50, 100, 200, 400]
     assert shares[0] < shares[1] < shares[2] < shares[3]
 

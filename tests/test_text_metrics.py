@@ -2,13 +2,14 @@
 
 import importlib
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, precision_score
+from sklearn.metrics import accuracy_score, f1_score, fbeta_score, hamming_loss, precision_score, zero_one_loss
 
 from pipeline import text_metrics
 from pipeline.errors import UserError
@@ -88,6 +89,25 @@ def test_a_function_of_sklearn_itself_gets_the_right_labels_first():
     assert score(metric(accuracy_score), answers, right) == 0.75
 
 
+def test_arguments_given_to_a_function_of_sklearn_have_the_last_word():
+    answers, right = ["a", "a", "a", "b"], ["a", "a", "b", "b"]
+    twice = partial(fbeta_score, beta=2, average="macro")
+    found = metric(twice)
+    assert (found.name, score(found, answers, right)) == ("fbeta_score", pytest.approx(twice(right, answers)))
+    assert score(metric(partial(f1_score, average="micro")), answers, right) == 0.75
+
+
+@pytest.mark.parametrize("right", [[1, 0, 0], np.array([1, 0, 0]), [[1, 2], 0, [0]]])
+def test_a_written_number_is_the_right_label_that_is_this_number(right):
+    assert score(metric("accuracy_score"), ["1", " 0", "2"], right) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("given", ["hamming_loss", hamming_loss, partial(zero_one_loss, normalize=False)])
+def test_a_metric_that_is_better_the_smaller_is_refused_however_it_is_given(given):
+    with pytest.raises(UserError, match="the better the smaller"):
+        metric(given)
+
+
 def test_of_several_right_labels_the_given_one_counts():
     assert score(metric("accuracy_score"), ["b", "c"], [["a", "b"], ["a", "b"]]) == 0.5
 
@@ -108,6 +128,11 @@ def test_a_function_gives_a_value_for_each_row_or_one_for_all():
     assert score(metric(lengths), ["ab", "abcd"], ["abcd", "abcd"]) == 0.75
     assert metric(lengths).name == "lengths"
     assert score(metric(lambda answers, right: len(answers)), ["ab", "abcd"], ["", ""]) == 2.0
+
+
+def test_what_is_neither_a_name_nor_a_function_is_refused():
+    with pytest.raises(UserError, match="metric None is neither a name nor a function"):
+        metric(None)  # type: ignore[arg-type]
 
 
 def test_a_function_is_found_in_a_file(tmp_path: Path):
@@ -159,6 +184,15 @@ def test_which_number_of_evaluate_is_meant_can_be_named_and_must_be(monkeypatch)
         score(metric("evaluate:rouge"), ANSWERS, RIGHT)
 
 
+def test_a_metric_of_evaluate_that_cannot_be_loaded_is_one_line(monkeypatch):
+    def load(name: str) -> None:
+        raise FileNotFoundError(f"no module script\nfor {name}")
+
+    monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=load))
+    with pytest.raises(UserError, match=r"^metric evaluate:blue cannot be loaded \(.*: no module script for blue\)$"):
+        metric("evaluate:blue")
+
+
 def test_without_the_package_evaluate_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "evaluate", None)
     with pytest.raises(UserError, match="pip install evaluate"):
@@ -170,7 +204,6 @@ def test_without_the_package_evaluate_it_is_said_what_to_install(monkeypatch):
     [
         ("rougel", "did you mean rougeL?"),
         ("acuracy_score", "did you mean accuracy_score?"),
-        ("hamming_loss", "better the smaller"),
         ("roc_auc_score", "no metric is called"),
         ("qqqq", "give exact_match, rouge1"),
     ],

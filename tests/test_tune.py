@@ -249,6 +249,21 @@ def test_the_sentence_says_what_the_interval_says(found: Compared, told: str) ->
     assert told in findings.sentence("auc", Trial(3, {"top_p": 0.5}, "complete", 0.8, {}), found)
 
 
+def test_the_defaults_are_never_better_than_themselves() -> None:
+    """With folds, others may have been best on some."""
+    defaults, found = Trial(-1, {}, "complete", 0.8, {}), compared(0.1, 0.02, 0.2)
+    assert findings.sentence("auc", defaults, found).startswith("No better than the default: nothing")
+    assert not findings.is_better(defaults, found)
+
+
+def test_a_gain_without_an_interval_is_told_as_not_known() -> None:
+    found = compared(0.1, 0.0, 0.2)._replace(gain_interval=None)
+    assert findings.sentence("auc", Trial(3, {}, "complete", 0.8, {}), found) == (
+        "Not known to be better than the default: AUC 0.800 against 0.700 on 40 documents held out, which are too few"
+        " to tell."
+    )
+
+
 def test_people_among_themselves_are_the_ceiling(tmp_path: Path) -> None:
     with serve(teacher) as server:
         r = tuning(tmp_path, server.url)
@@ -281,6 +296,18 @@ def test_a_killed_search_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
     assert sum(asked.values()) <= 4 * 36 + 2 * 24 + 1, "at most the answer that was on its way is asked for again"
     assert result.n_asked + result.n_reused == len(asked) == 4 * 36 + 2 * 24
     assert result.best["spearman"] == pytest.approx(1)
+
+
+def test_ctrl_c_asks_nothing_more_though_several_trials_are_at_work(tmp_path: Path) -> None:
+    with serve(teacher, delay_s=0.3) as server:
+        process = start(tuning(tmp_path, server.url, workers=3), "tune")
+        deadline = time.monotonic() + 60
+        while len(server.asked) < 36 + 24 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        process.communicate()
+        assert len(server.asked) <= 36 + 24 + 2 * 12, "what was on its way"
 
 
 def test_a_budget_ends_the_search_and_more_of_it_goes_on(tmp_path: Path) -> None:
@@ -333,6 +360,28 @@ def test_several_trials_at_a_time_ask_the_same_once(tmp_path: Path) -> None:
 
 
 # -- examples
+
+
+def test_a_good_document_is_shown_as_good_where_nearly_all_are(tmp_path: Path) -> None:
+    rows = [{"id": f"id-{n}", "text": f"doc-{n}", "good": n % 5 > 0} for n in range(N)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "corpus.parquet")
+    with serve(teacher) as server:
+        tune.run(tuning(tmp_path, server.url, gold=None, gold_column="good", space={"examples": [1]}))
+        shown = [asked.body["messages"] for asked in server.asked if len(asked.body["messages"]) > 1]
+    assert {turns[1]["content"] for turns in shown} == {"Score: 5"}
+
+
+def test_people_who_said_yes_or_no_are_on_no_grades_scale(tmp_path: Path) -> None:
+    with serve(teacher) as server:
+        r = tuning(tmp_path, server.url)
+        rows = [{"id": f"id-{n}", "human_a": int(human(n) > 2), "human_b": int(human(n) > 1)} for n in range(N)]
+        (tmp_path / "gold.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        result = tune.run(r)
+        with pytest.raises(UserError, match="kappa needs known scores on the prompt's scale"):
+            tune.run(with_tune(r, objective="kappa"), redo=True)
+    assert (result.objective, result.confusion) == ("spearman", None)
+    assert result.ceiling is not None
+    assert "kappa" not in result.ceiling
 
 
 def test_documents_shown_as_examples_are_never_asked_about(tmp_path: Path) -> None:
@@ -400,6 +449,26 @@ def test_halving_asks_about_fewer_documents_and_keeps_the_best(tmp_path: Path) -
     assert n_halving < 9 * 84
 
 
+def test_halving_has_some_of_every_stratum_from_the_first(tmp_path: Path) -> None:
+    """One document in twenty is good: of a plain draw of an eighth of them often none is."""
+    rows = [{"id": f"id-{n}", "text": f"doc-{n}", "good": n % 20 == 5} for n in range(280)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "corpus.parquet")
+    space = {"max_tokens": [101, 102, 103, 104, 105]}
+    with serve(teacher) as server:
+        given = {"gold": None, "gold_column": "good", "halving": True, "space": space}
+        result = tune.run(tuning(tmp_path, server.url, n=280, **given))
+    assert (result.n_complete, result.n_failed) == (5, 0)
+
+
+def test_too_few_of_a_kind_are_told_before_anything_is_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"id": f"id-{n}", "text": f"doc-{n}", "good": n % 15 == 5} for n in range(N)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "corpus.parquet")
+    with serve(teacher) as server, caplog.at_level("WARNING"):
+        result = tune.run(tuning(tmp_path, server.url, gold=None, gold_column="good"))
+    assert caplog.messages[0].startswith("tune: 56 of 60 documents are all alike in what is known of them; those held")
+    assert (result.gain_interval, result.is_better) == (None, False)
+
+
 def test_a_price_counts_against_the_objective(tmp_path: Path) -> None:
     prices = {"usd_per_million_prompt_tokens": 1.0, "usd_per_million_answer_tokens": 2.0}
     with serve(teacher) as server:
@@ -449,12 +518,33 @@ def test_documents_without_a_score_are_told_and_say_nothing(tmp_path: Path) -> N
 
 def test_settings_that_cannot_be_fail_and_the_others_go_on(tmp_path: Path) -> None:
     with serve(teacher) as server:
-        r = tuning(tmp_path, server.url, space={"top_p": [0.5, 7], "temperature": [0.5]})
+        patterns = [r"Score:\s*{number}", "Score"]
+        r = tuning(tmp_path, server.url, space={"prompt.pattern": patterns, "temperature": [0.5]})
         result = tune.run(r)
     assert (result.n_complete, result.n_failed) == (1, 1)
     (failed,) = [trial for trial in tried.read(r.run_folder) if trial.state == "failed"]
     assert failed.reason is not None
-    assert "top_p" in failed.reason
+    assert "prompt.pattern" in failed.reason
+
+
+def test_what_does_worse_on_documents_held_out_is_not_written_as_the_best(tmp_path: Path) -> None:
+    with serve(teacher) as server:
+        tune.run(tuning(tmp_path, server.url))
+        chosen_on = documents_of(server, "Idly:")
+
+    def lucky(asked: Asked) -> Reply:
+        n = document(asked)
+        right = wording(asked) == "Idly:" and n in chosen_on
+        return says(f"Score: {human(n) if right else 5 - human(n) if wording(asked) == 'Idly:' else noise(n)}")
+
+    with serve(lucky) as server:
+        space = {"prompt": [str(prompt_file(tmp_path, "Idly:"))]}
+        r = tuning(tmp_path, server.url, space=space).model_copy(update={"run_folder": tmp_path / "lucky"})
+        result = tune.run(r)
+    assert result.best["number"] == 0
+    assert result.gain is not None
+    assert result.gain < 0
+    assert load_recipe(r.run_folder / "tune" / "best.yaml", {}).rate == r.rate
 
 
 # -- the line of a prompt with two groups
@@ -599,6 +689,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"gold": None, "gold_column": "none"}, "'none'"),
     ({"space": {}}, "tune.space is empty"),
     ({"space": {"temprature": [0, 1]}}, "tune.space.temprature cannot be tuned; did you mean temperature?"),
+    ({"space": {"top_p": [0.5, 7]}}, "tune.space.top_p: input should be less than or equal to 1, got 7"),
+    ({"space": {"top_p": [0.5, 0.9]}}, "tune.space: top_p makes no difference to what is asked"),
     ({"space": {"examples": [0, 20]}}, "tune.space.examples: 20 examples are too many for 60 documents"),
     ({"space": {"prompt": ["nowhere.md"]}}, "tune.space.prompt: nowhere.md cannot be read"),
     ({"folds": 5, "search": "tpe"}, "tune.folds: search tpe goes by all documents"),
@@ -608,6 +700,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"objective": "f1", "good_from": 0}, "tune.objective: f1 needs good documents and others, but 60 of 60"),
     ({"usd_weight": 0.1}, "tune.usd_weight: the price of m is not known"),
     ({"budget_usd": 1}, "budget_usd: the price of m is not known"),
+    ({"teacher": {"batch_folder": "batch"}}, "teacher.batch_folder: each trial would wait for a batch"),
     ({"sample": 19}, "tune.gold: 19 documents have a known score; give more, 20"),
 ]
 
@@ -623,6 +716,13 @@ def test_bad_settings_are_one_line_before_anything_is_asked(
         assert not server.asked
     assert told in str(stop.value)
     assert "\n" not in str(stop.value)
+
+
+def test_a_missing_prompt_is_told_by_the_setting_that_names_it(tmp_path: Path) -> None:
+    r = tuning(tmp_path, "http://127.0.0.1:9/v1")
+    (tmp_path / "prompt.md").unlink()
+    with pytest.raises(UserError, match=r"^rate.prompt: .*prompt\.md cannot be read"):
+        tune.run(r)
 
 
 def test_bad_settings_exit_with_1(tmp_path: Path) -> None:

@@ -208,9 +208,20 @@ def test_a_question_longer_than_document_tokens_is_not_cut_in_silence(tmp_path, 
 
 def test_a_metric_that_raises_fails_the_trial(tmp_path, server):
     path = tmp_path / "mine.py"
-    path.write_text("def moody(answers, right):\n    raise KeyError('mood')\n", encoding="utf-8")
+    path.write_text(
+        "def moody(answers, right):\n    return {'yes': 1.0}['mood' if 'no idea' in answers else 'yes']\n",
+        encoding="utf-8",
+    )
     with pytest.raises(Failed, match="metric moody raised KeyError: 'mood'"):
         task(recipe(tmp_path, server.url, tune={"objective": f"{path}:moody"})).outcome({}, ALL)
+
+
+def test_a_metric_that_fails_on_the_right_answers_is_refused_before_anything_is_asked(tmp_path, server):
+    path = tmp_path / "mine.py"
+    path.write_text("def boom(answers, right):\n    return 1 / 0\n", encoding="utf-8")
+    with pytest.raises(UserError, match="metric boom raised ZeroDivisionError"):
+        task(recipe(tmp_path, server.url, tune={"objective": f"{path}:boom"}))
+    assert server.asked == []
 
 
 # -- settings
@@ -293,7 +304,6 @@ def test_parameters_that_cannot_be_are_refused(tmp_path, params, told):
         ({"space": {"template": ["{{ name }}", 3]}}, "'3' names no column"),
         ({"space": {"temprature": [0.5]}}, "did you mean temperature"),
         ({"objective": "exact_mach"}, "did you mean exact_match"),
-        ({"usd_weight": 1.0}, "the price of m is not known"),
         ({"sample": 19}, "19 rows"),
     ],
 )

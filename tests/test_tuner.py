@@ -10,11 +10,13 @@ from datasets import Dataset
 from endpoint import Asked, Endpoint, Reply, error, says, serve
 from sklearn.base import BaseEstimator, clone
 from sklearn.datasets import make_classification
+from sklearn.exceptions import NotFittedError
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
 from pipeline.errors import UserError
 from pipeline.generation import Generator
-from pipeline.tuner import Tuner, taken
+from pipeline.text_metrics import metric
+from pipeline.tuner import Rows, Tuner, parts, taken
 
 N = 60
 ROWS = [f"doc-{i}" for i in range(N)]
@@ -51,23 +53,23 @@ def test_the_best_parameters_are_found_and_judged_on_rows_held_out():
     assert found.held_out_["gain"] > 0.3
     assert found.held_out_["gain_interval"][0] > 0
     assert found.held_out_["best"]["exact_match_interval"][0] < found.held_out_["best"]["exact_match"]
-    assert found.sentence_.endswith("better than the defaults.")
+    assert found.sentence_.startswith("Better than the default: exact_match")
     assert found.predict(ROWS[:1]).tolist() == Rule(share=0.9).predict(ROWS[:1]).tolist()
     assert found.score(ROWS, RIGHT) == pytest.approx(0.9, abs=0.05)
     assert [trial.number for trial in found.trials_] == [-1, 0, 1, 2]
 
 
-def test_a_gain_that_chance_could_make_is_called_no_reliable_gain():
+def test_a_gain_that_chance_could_make_is_called_no_better():
     found = tuner(Rule(share=0.5), {"share": [0.45, 0.52, 0.55]}).fit(ROWS, RIGHT)
     low, high = found.held_out_["gain_interval"]
     assert low <= 0 <= high
-    assert "no reliable gain" in found.sentence_
+    assert found.sentence_.startswith("No better than the default")
 
 
 def test_where_nothing_is_better_the_defaults_are_the_best():
     found = tuner(Rule(share=1.0)).fit(ROWS, RIGHT)
     assert (found.best_params_, found.held_out_["gain"]) == ({}, 0.0)
-    assert found.sentence_.startswith("Nothing that was tried was better than the defaults")
+    assert found.sentence_ == "No better than the default: nothing that was tried beats it."
 
 
 def test_the_figures_held_out_are_of_other_rows_than_the_search_saw():
@@ -157,8 +159,9 @@ def test_halving_judges_poor_parameters_on_few_rows():
     [
         ({"space": {"shar": [0.1]}}, "did you mean share"),
         ({"space": {}}, "empty"),
-        ({"search": "bayes"}, "Tuner: search: Input should be 'tpe', 'random' or 'grid', got 'bayes'"),
+        ({"search": "bayes"}, "Tuner: search: input should be 'tpe', 'random' or 'grid', got 'bayes'"),
         ({"held_out_share": 1.0}, "Tuner: held_out_share"),
+        ({"held_out_share": 0.05}, "held_out_share 0.05 makes of 60 rows 57 to choose on and 3 held out; 5 each"),
         ({"metric": "exact_mach"}, "did you mean exact_match"),
     ],
 )
@@ -178,6 +181,34 @@ def test_rows_are_taken_from_any_table_in_its_own_kind():
 def test_too_few_rows_are_refused():
     with pytest.raises(UserError, match="19 rows; give at least 20"):
         tuner().fit(ROWS[:19], RIGHT[:19])
+
+
+def test_rows_without_an_answer_or_answers_without_a_row_are_refused():
+    with pytest.raises(ValueError, match=r"inconsistent numbers of samples: \[60, 59\]"):
+        tuner().fit(ROWS, RIGHT[:59])
+
+
+def test_before_it_is_fitted_there_is_no_best():
+    with pytest.raises(NotFittedError):
+        tuner().predict(ROWS)
+
+
+def test_rare_classes_are_chosen_on_and_held_out_alike():
+    labels = np.array(["rare"] * 10 + ["common"] * 90)
+    task = Rows(KNeighborsClassifier(), np.zeros((100, 1)), labels.tolist(), metric("accuracy_score"))
+    for seed in range(5):
+        chosen_on, held_out = parts(task, 0.4, seed)
+        assert [(labels[side] == "rare").sum() for side in (chosen_on, held_out)] == [6, 4]
+        assert sorted([*chosen_on, *held_out]) == list(range(100))
+
+
+def test_rows_that_ask_the_same_are_never_chosen_on_and_held_out_at_once():
+    rows = [{"question": f"doc-{i % 30}", "other": i} for i in range(60)]
+    task = Rows(Generator("m", template="{{ question }}"), rows, RIGHT, metric("exact_match"))
+    chosen_on, held_out = parts(task, 0.4, 0)
+    asked = [{rows[i]["question"] for i in side} for side in (chosen_on, held_out)]
+    assert not asked[0] & asked[1]
+    assert len(chosen_on) + len(held_out) == 60
 
 
 # -- generators
