@@ -263,7 +263,7 @@ class Tune(Budget):
     """Share of the documents that nothing is chosen on: the winner's figure comes from them."""
     folds: Annotated[int | None, Field(ge=2)] = None
     """Instead of holding out a share, cross-validation: on each fold, what was best on the others (search random or
-    grid)."""
+    grid). The interval is wider for it, as folds share what they are chosen on."""
     example_characters: Count = 600
     """Characters of a known document that stands in the prompt; a longer one is cut, and marked as cut."""
 
