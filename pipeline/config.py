@@ -255,8 +255,8 @@ class Tune(Budget):
     trials: Count = 30
     """Trials, the defaults beside them; those with settings that were tried before don't count."""
     halving: bool = False
-    """Successive halving: trials begin on an eighth of the documents, and only the better half goes on to twice as
-    many."""
+    """Successive halving: trials begin on an eighth of the documents, or 50, and only the better half goes on to twice
+    as many."""
     workers: Annotated[Count, OPERATIONAL] = 1
     """Trials at a time (openai); more than one makes the search depend on which is done first."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.4

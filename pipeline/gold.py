@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import metrics
+from pipeline import metrics, storage
 from pipeline.corpus import is_empty, text_id
 from pipeline.errors import UserError
 from pipeline.sample import Document
@@ -59,6 +59,14 @@ def read(path: Path) -> tuple[list[GoldDocument], int]:
     if n_unscored:
         log.info("%s: %d of %d rows have no human score and are left out", path, n_unscored, len(rows))
     return scored, n_unscored
+
+
+def content(path: Path, setting: str) -> str:
+    """16 hex digits of the file's content; `setting` names it."""
+    try:
+        return storage.content(path)
+    except OSError as error:
+        raise UserError(f"{setting}: {path} cannot be read ({error.strerror}); give a file of human scores") from None
 
 
 def documents(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import consensus, metrics, panel, ratings, rounds, storage, teacher
+from pipeline import consensus, metrics, panel, ratings, rounds, teacher
 from pipeline import gold as golds
 from pipeline.config import Recipe
 from pipeline.consensus import Verdict
@@ -129,17 +129,9 @@ def inputs(recipe: Recipe, raters: list[Rater]) -> dict[str, Any]:
             for position, rater in enumerate(raters)
         },
         "rate": {name: value for name, value in recipe.rate.identity().items() if name not in BY_CONTENT},
-        "gold": content(recipe.rate.gold) if recipe.rate.gold else None,
+        "gold": golds.content(recipe.rate.gold, "rate.gold") if recipe.rate.gold else None,
         "seed": recipe.seed,
     }
-
-
-def content(path: Path) -> str:
-    """16 hex digits of a file's content."""
-    try:
-        return storage.content(path)
-    except OSError as error:
-        raise UserError(f"rate.gold: {path} cannot be read ({error.strerror}); give a file of human scores") from None
 
 
 def against_people(

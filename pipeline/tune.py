@@ -25,6 +25,7 @@ from pipeline import (
     tune_answers,
     tune_ratings,
 )
+from pipeline import gold as golds
 from pipeline.config import Recipe, merge
 from pipeline.engines.kept import Kept
 from pipeline.errors import UserError
@@ -172,7 +173,7 @@ def inputs(recipe: Recipe, kind: str) -> dict[str, Any]:
     return {
         "corpus": recipe.corpus.identity(),
         "shards": {shard.name: fingerprint(shard) for shard in shards},
-        "gold": content(tune.gold) if tune.gold else None,
+        "gold": golds.content(tune.gold, "tune.gold") if tune.gold else None,
         "prompts": {path: prompt.digest for path, prompt in asked.items()},
         "teacher": recipe.teacher.identity(),
         "calibrate": recipe.rate.calibrate,
@@ -181,14 +182,6 @@ def inputs(recipe: Recipe, kind: str) -> dict[str, Any]:
         "metric": storage.content(metric) if metric.suffix == ".py" and metric.is_file() else None,
         "seed": recipe.seed,
     }
-
-
-def content(path: Path) -> str:
-    """16 hex digits of the gold file."""
-    try:
-        return storage.content(path)
-    except OSError as error:
-        raise UserError(f"tune.gold: {path} cannot be read ({error.strerror}); give a file of human scores") from None
 
 
 # -- what is there already --------------------------------------------------------------------------------------------

@@ -368,6 +368,12 @@ def test_tpe_finds_higher_ground_than_chance(tmp_path: Path) -> None:
     assert all(top is not None and 0.9 - top < (0.9 - by_chance) / 2 for top in tops)
 
 
+@pytest.fixture
+def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "LEAST", 20)
+
+
+@pytest.mark.usefixtures("_small_shares")
 def test_halving_asks_about_fewer_documents_and_keeps_the_best(tmp_path: Path) -> None:
     space = {"x": {"low": -1.0, "high": 1.0, "step": 0.2}}
     whole, halved = Hill(), Hill()
@@ -382,6 +388,7 @@ def test_halving_asks_about_fewer_documents_and_keeps_the_best(tmp_path: Path) -
     assert without_seconds(again) == without_seconds(trials) and task.n_asked == 0
 
 
+@pytest.mark.usefixtures("_small_shares")
 def test_halving_that_was_stopped_goes_on_with_the_documents_it_got_to(tmp_path: Path) -> None:
     def value(params: Params) -> float:
         if len(task.asked) == 3:
@@ -398,7 +405,7 @@ def test_halving_that_was_stopped_goes_on_with_the_documents_it_got_to(tmp_path:
 
 def test_the_shares_of_halving_lie_within_each_other() -> None:
     assert search.rungs(400) == [50, 100, 200, 400]
-    assert search.rungs(100) == [25, 50, 100]
+    assert search.rungs(100) == [50, 100]
     assert search.rungs(39) == [39]
     shares = [set(each.tolist()) for each in search.growing(np.arange(5, 405), search.rungs(400), 1, [0] * 405)]
     assert [len(share) for share in shares] == [50, 100, 200, 400]

@@ -441,12 +441,12 @@ def test_halving_asks_about_fewer_documents_and_keeps_the_best(tmp_path: Path) -
 
     space = {"max_tokens": list(range(102, 110))}
     with serve(by_tokens) as server:
-        r = tuning(tmp_path, server.url, n=140, space=space, halving=True, search="grid", sample=140)
+        r = tuning(tmp_path, server.url, n=180, space=space, halving=True, search="grid", sample=180)
         result = tune.run(r)
         n_halving = len(server.asked)
     assert result.best["params"] == {"max_tokens": 107}
     assert result.n_pruned >= 3
-    assert n_halving < 9 * 84
+    assert n_halving < 9 * 108
 
 
 def test_halving_has_some_of_every_stratum_from_the_first(tmp_path: Path) -> None:
