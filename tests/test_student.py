@@ -241,7 +241,7 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, tiny_encod
 
 def test_a_student_on_an_encoder_in_bfloat16_is_saved_unrounded(tmp_path: Path, tiny_encoder: Path):
     made = make_student(tiny_encoder, dtype="bfloat16")
-    assert made.encoder.model.dtype == torch.bfloat16
+    assert made.encoder.dtype == torch.bfloat16
     made.save(tmp_path / "s")
     source = BertModel.from_pretrained(tiny_encoder).state_dict()
     written = SentenceTransformer(str(tmp_path / "s"), device="cpu")[0].auto_model.state_dict()

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -299,14 +300,23 @@ def test_a_killed_search_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_asks_nothing_more_though_several_trials_are_at_work(tmp_path: Path) -> None:
-    with serve(teacher, delay_s=0.3) as server:
+    heard = threading.Event()
+
+    def waits(asked: Asked) -> Reply:
+        if len(server.asked) >= 36 + 24:
+            heard.wait(60)
+        return teacher(asked)
+
+    with serve(waits) as server:
         process = start(tuning(tmp_path, server.url, workers=3), "tune")
         deadline = time.monotonic() + 60
         while len(server.asked) < 36 + 24 and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
-        process.communicate()
+        time.sleep(1)
+        heard.set()
+        process.communicate(timeout=60)
+        assert process.returncode == 130
         assert len(server.asked) <= 36 + 24 + 2 * 12, "what was on its way"
 
 
