@@ -41,6 +41,12 @@ def is_better(best: Trial, compared: Compared) -> bool:
     return best.number != tried.DEFAULTS and compared.gain_interval is not None and compared.gain_interval[0] > 0
 
 
+def is_worth_it(compared: Compared, usd_weight: float) -> bool:
+    """Whether the best, its price taken off, gained anything on the documents held out."""
+    prices = [side.get("usd_per_1000") or 0.0 for side in (compared.best, compared.default)]
+    return compared.gain is not None and compared.gain - usd_weight * (prices[0] - prices[1]) > 0
+
+
 def figures(trial: Trial, objective: str, about: Params, held_out: dict[str, Any]) -> dict[str, Any]:
     """The best or the defaults: the objective on the documents chosen on, then what is known of those held out."""
     as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in held_out.items()}

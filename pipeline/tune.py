@@ -34,7 +34,7 @@ from pipeline.shards import find_shards, fingerprint
 from pipeline.spending import check_budget, has_prices
 from pipeline.storage import write_text
 from pipeline.tracking import Result, Stage, read_json, stage
-from pipeline.trials import Compared, Failed, OutOfBudget, Positions, Task, Trial
+from pipeline.trials import Compared, Failed, OutOfBudget, Params, Positions, Task, Trial
 
 log = logging.getLogger("gristmill")
 
@@ -86,7 +86,7 @@ class TuneResult(Result):
     confusion: dict[str, dict[str, int]] | None
     """Documents held out by their known whole score, then by the best's."""
     fitted_line: dict[str, float] | None
-    """Offset and slope of the best prompt's line, where it was fitted again to the documents chosen on."""
+    """Offset and slope of the line in best.yaml's prompt, where it was fitted again to the documents chosen on."""
     n_asked: int
     n_reused: int
     prompt_tokens: int
@@ -111,9 +111,9 @@ def run(recipe: Recipe, redo: bool = False) -> TuneResult:
         best = search.best(trials)
         compared = judged(task, trials, folds)
         told = findings.sentence(task.objective, best, compared)
-        kept_params = best.params if (compared.gain or 0) > 0 else {}
-        write_best(work, task.settings(kept_params, work.folder), told, kind)
-        return work.finish(summarise(work, task, kind, folds, trials, compared, stopped_by))
+        written = best.params if findings.is_worth_it(compared, recipe.tune.usd_weight) else {}
+        write_best(work, task.settings(written, work.folder), told, kind)
+        return work.finish(summarise(work, task, kind, folds, trials, compared, written, stopped_by))
 
 
 TASKS: dict[str, Callable[[Recipe, Kept, Path], Task]] = {"ratings": tune_ratings.of, "answers": tune_answers.of}
@@ -320,12 +320,13 @@ def summarise(
     folds: Sequence[Fold],
     trials: Sequence[Trial],
     compared: Compared,
+    written: Params,
     stopped_by: str | None,
 ) -> TuneResult:
     """All of it in figures."""
     tune, best, default = work.recipe.tune, search.best(trials), trials[0]
     spent = task.spending.in_figures([work.recipe.teacher], work.seconds)
-    told = {"n_examples": 0, "ceiling": None, "fitted_line": None, **task.told(best.params)}
+    told = {"n_examples": 0, "ceiling": None, "fitted_line": None, **task.told(written)}
     states = [trial.state for trial in trials[1:]]
     return TuneResult(
         seconds=work.seconds,

@@ -257,6 +257,14 @@ def test_the_defaults_are_never_better_than_themselves() -> None:
     assert not findings.is_better(defaults, found)
 
 
+def test_what_is_as_good_and_cheaper_is_worth_it_where_the_price_counts() -> None:
+    cheaper = compared(0.0, -0.1, 0.1, usd=0.5)
+    assert findings.is_worth_it(cheaper, usd_weight=0.1)
+    assert not findings.is_worth_it(cheaper, usd_weight=0)
+    assert not findings.is_worth_it(compared(0.1, 0.0, 0.2, usd=5.0), usd_weight=0.1)
+    assert not findings.is_worth_it(compared(None, 0, 0), usd_weight=0)
+
+
 def test_a_gain_without_an_interval_is_told_as_not_known() -> None:
     found = compared(0.1, 0.0, 0.2)._replace(gain_interval=None)
     assert findings.sentence("auc", Trial(3, {}, "complete", 0.8, {}), found) == (
