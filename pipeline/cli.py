@@ -25,7 +25,7 @@ log = logging.getLogger("gristmill")
 STAGES = ("rate", "train", "score", "filter")
 WITH_PICTURES = ("rate", "train", "score", "cuts", "filter", "report")
 """The same with what only looks at the run."""
-PASSED_THROUGH = {"args", "chat_template_args", "engine_args", "space"}
+PASSED_THROUGH = {"args", "chat_template_args", "engine_args", "lora", "space"}
 """Settings that hold others' names."""
 
 Flat = Parameter(name="*")
@@ -224,6 +224,108 @@ def export(
 
 
 @app.command(sort_key=5)
+def finetune(
+    recipe: RecipePath = None,
+    /,
+    *,
+    common: Annotated[Common, Flat] = Common(),  # noqa: B008
+    finetune: Annotated[config.Finetune, Flat] = config.Finetune(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """Does it help? A language model is trained further on a corpus, or on what was kept of it."""
+    execute(["finetune"], recipe, {**flags(common), "finetune": flags(finetune)}, how)
+
+
+@app.command(sort_key=5)
+def prove(
+    recipe: RecipePath = None,
+    /,
+    *,
+    common: Annotated[Common, Flat] = Common(),  # noqa: B008
+    prove: Annotated[config.Prove, Flat] = config.Prove(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """Does it help? A small model learns from what was kept, from a random draw and from what was rejected."""
+    execute(["prove"], recipe, {**flags(common), "prove": flags(prove)}, how)
+
+
+align = App(name="align", sort_key=5, help="A model learns to reply as the teacher likes, with the student as reward.")
+app.command(align)
+
+
+@align.command(name="prepare", sort_key=0)
+def align_prepare(
+    recipe: RecipePath = None,
+    /,
+    *,
+    settings: Annotated[Recipe, Flat] = Recipe(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """Prompts and replies from ARLHF, SHP or a file of pairs; both replies are kept."""
+    execute(["prepare"], recipe, flags(settings), how)
+
+
+@align.command(name="actor", sort_key=2)
+def align_actor(
+    recipe: RecipePath = None,
+    /,
+    *,
+    settings: Annotated[Recipe, Flat] = Recipe(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """Supervised fine-tuning: the model learns the replies."""
+    execute(["actor"], recipe, flags(settings), how)
+
+
+@align.command(name="rate", sort_key=3)
+def align_rate(
+    recipe: RecipePath = None,
+    /,
+    *,
+    settings: Annotated[Recipe, Flat] = Recipe(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """The teacher rates the actor's replies, and the rows that have no score yet."""
+    execute(["rate_replies"], recipe, flags(settings), how)
+
+
+@align.command(name="reward", sort_key=4)
+def align_reward(
+    recipe: RecipePath = None,
+    /,
+    *,
+    settings: Annotated[Recipe, Flat] = Recipe(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """What a reply is worth: a student or a classifier learns the ratings."""
+    execute(["reward"], recipe, flags(settings), how)
+
+
+@align.command(name="rl", sort_key=5)
+def align_rl(
+    recipe: RecipePath = None,
+    /,
+    *,
+    settings: Annotated[Recipe, Flat] = Recipe(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """The actor learns to please the reward; the teacher judges it before and after."""
+    execute(["rl"], recipe, flags(settings), how)
+
+
+@align.command(name="all", sort_key=6)
+def align_all(
+    recipe: RecipePath = None,
+    /,
+    *,
+    settings: Annotated[Recipe, Flat] = Recipe(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """All steps one after another; a finished one is skipped."""
+    execute(["actor", "rate_replies", "reward", "rl"], recipe, flags(settings), how, lambda _: None)
+
+
+@app.command(sort_key=5)
 def report(
     recipe: RecipePath = None,
     /,
@@ -319,7 +421,7 @@ def execute(
     from pipeline import summary
 
     with log_in(recipe.run_folder):
-        if len(stages) > 1:
+        if "filter" in stages and len(stages) > 1:
             check_ahead(recipe)
         before(recipe)
         results = {name: importlib.import_module(f"pipeline.{name}").run(recipe, how.redo) for name in stages}
@@ -358,11 +460,16 @@ def answer(values: dict[str, Any], how: How, show: Callable[[dict[str, Any]], No
 
 def main(tokens: Sequence[str] | None = None) -> NoReturn:
     """Run the command line; the exit code tells the truth."""
+    alone(lambda: app(tokens, exit_on_error=False, print_error=False, result_action="return_value"))
+
+
+def alone(work: Callable[[], Any]) -> NoReturn:
+    """Do all that this process is for; what is wrong is one line, and the exit code tells the truth."""
     log.setLevel(logging.INFO)
     log.handlers = [logging.StreamHandler(sys.stderr)]
     quieten_libraries()
     try:
-        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        work()
     except (CycloptsError, ValidationError) as error:
         fail(one_line(error), 2)
     except SettingsError as error:

@@ -438,6 +438,127 @@ class Report(Settings):
     """Scored documents that the audit of shortcuts looks at."""
 
 
+class Training(Settings):
+    """A causal language model that is trained, through TRL and Transformers."""
+
+    model: str | None = None
+    """What training starts from: Hub name, folder, package:NAME/PATH or .gguf file."""
+    revision: str | None = None
+    """Hub revision of the model."""
+    args: dict[str, Any] = {}
+    """Passed verbatim to TRL's configuration (SFTConfig, GRPOConfig ...): learning_rate, max_length, save_steps,
+    save_total_limit, optim, deepspeed ..."""
+    lora: dict[str, Any] = {}
+    """Passed verbatim to peft's LoraConfig (r, lora_alpha, lora_dropout ...); without it all weights are trained."""
+    device: Annotated[str | None, OPERATIONAL] = None
+    """cuda, cuda:1, mps or cpu; without it the best one present."""
+    launch: Annotated[Path | None, OPERATIONAL] = None
+    """Configuration file of `accelerate`: train in the processes it describes (several GPUs, DeepSpeed, FSDP)."""
+
+
+class Finetune(Training):
+    """A language model is trained further on the documents of a corpus."""
+
+    on: Literal["corpus", "kept"] = "corpus"
+    """The corpus, or what the run's filter kept of it."""
+    documents: Count | None = None
+    """At most so many documents, a uniform draw; without it all."""
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the documents that is not trained on: perplexity is measured on it, before and after."""
+    held_out_documents: Count = 200
+    """At most so many of them are measured on."""
+    prompts: tuple[str, ...] = ()
+    """Beginnings that the model continues, before and after; without them the first words of documents held out."""
+    n_continuations: Annotated[int, Field(ge=0)] = 3
+    """Documents held out whose first words are continued, where no prompts are given."""
+    continuation_tokens: Count = 60
+    """Length of a continuation."""
+    temperature: NotNegative = 0.7
+    """Of the continuations; 0 takes the likeliest token each time."""
+
+
+class Prove(Training):
+    """Does the filter help? The same small model is trained on what was kept, on a random draw and on what was
+    rejected, equally long, and judged on texts that the filter never saw."""
+
+    trusted: str | None = None
+    """Corpus (file, folder or Hub name) of texts to be judged on, such as textbooks."""
+    trusted_text_column: str = "text"
+    """Its column with the text."""
+    trusted_documents: Count = 200
+    """At most so many of its documents, a uniform draw."""
+    arms: tuple[Literal["kept", "random", "rejected"], ...] = ("kept", "random", "rejected")
+    """What is trained on: rows the filter kept, a uniform draw of the whole scored corpus, rows it dropped."""
+    seeds: Annotated[int, Field(ge=1)] = 3
+    """Trainings of each arm: with another draw of documents and, from scratch, another initialisation."""
+    tokens: Annotated[Count | None, BeforeValidator(whole_number)] = None
+    """Tokens that each training reads, such as 2M; without it as many as the smallest arm has, up to a million."""
+    vocabulary: Annotated[int, Field(ge=300)] = 4096
+    """Size of the byte-level vocabulary of a model from scratch."""
+    layers: Count = 4
+    """Layers of a model from scratch, which is what is trained where no prove.model is given."""
+    hidden_size: Count = 192
+    """Its width; each attention head has 32 of it."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness (extra lm-eval), such as arc_easy, on top."""
+    task_documents: Count | None = None
+    """At most so many documents of each task."""
+
+
+class Align(Settings):
+    """Prompts and replies that a model is aligned on. Files are JSON arrays or JSON lines."""
+
+    source: str | None = None
+    """What `align prepare` reads: arlhf (Dahoas/rm-static) or shp (stanfordnlp/SHP) from the Hub, or a file with
+    prompt, chosen and rejected."""
+    sample: Count = 1000
+    """Rows of it that are used, a uniform draw."""
+    actor_data: Path | None = None
+    """Rows {user_input, completion} to learn replies from; without it what prepare and expand left."""
+    prompt_data: Path | None = None
+    """Rows {user_input}: prompts for replies, and for RL; without it what prepare and expand left."""
+    reward_data: Path | None = None
+    """Rows {user_input, completion, score}, where a null score is to be rated; without it what prepare and expand
+    left."""
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the prompts on which nothing is trained: success is measured on them."""
+    held_out_prompts: Count = 100
+    """At most so many of them."""
+    replies_per_prompt: Annotated[int, Field(ge=0)] = 2
+    """Replies of the actor to each other prompt that `align rate` has rated beside reward_data."""
+    reply_tokens: Count = 128
+    """Longest reply, in tokens, when replies are sampled or judged."""
+    reply_temperature: NotNegative = 1.0
+    """Of sampled replies."""
+    templates: Path = Path("configs/align/templates.json")
+    """What `align expand` asks the teacher, by key: actor, rlhf, reward."""
+    examples: Annotated[int, Field(ge=0)] = 3
+    """Rows of the data that are shown to the teacher as examples with each expansion; 0 starts from nothing."""
+
+
+class Actor(Training):
+    """Supervised fine-tuning on actor_data."""
+
+
+class Reward(Training, Budget):
+    """What a reply is worth during RL. A budget caps what a teacher costs that judges live."""
+
+    by: str = "student"
+    """student: frozen encoder and linear head on the ratings; model: a sequence classifier fine-tuned on them
+    (reward.model); teacher: the teacher, live and cached; or a folder or Hub name of a student or classifier."""
+    preferences: Path | None = None
+    """Pairs {prompt, chosen, rejected} of people: how often the reward prefers the same reply."""
+
+
+class RL(Training):
+    """Reinforcement learning of the actor against the reward."""
+
+    algorithm: Literal["grpo", "rloo", "dpo"] = "grpo"
+    """Of TRL. dpo needs no reward: it learns from the best and the worst rated reply to each prompt."""
+    repetition_penalty: NotNegative = 1.0
+    """Taken off the reward, in points of the score, times the share of a reply's word trigrams that repeat."""
+
+
 class Tracking(Settings):
     """Where metrics go besides metrics.jsonl in the run folder."""
 
@@ -474,6 +595,12 @@ class Recipe(Common):
     audit: Audit = Audit()
     filter: Filter = Filter()
     export: Export = Export()
+    finetune: Finetune = Finetune()
+    prove: Prove = Prove()
+    align: Align = Align()
+    actor: Actor = Actor()
+    reward: Reward = Reward()
+    rl: RL = RL()
     report: Report = Report()
 
 

@@ -43,14 +43,19 @@ def locate_in_package(name: str, setting: str) -> str:
     return str(path)
 
 
+def files_of(name: str, setting: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+    """What from_pretrained is given for a Hub name, folder or .gguf file: where it is, and options."""
+    where = locate(name, setting)
+    if where.endswith(".gguf"):
+        needs("gguf", "demo")
+        return str(Path(where).parent), {"gguf_file": Path(where).name}
+    return where, {"revision": revision} if revision else {}
+
+
 @functools.lru_cache(maxsize=2)
 def load_tokenizer(name: str, setting: str, revision: str | None = None) -> Any:
     """The tokenizer of a Hub name, folder or .gguf file."""
-    transformers, where = needs("transformers", "torch"), locate(name, setting)
-    options: dict[str, Any] = {"revision": revision} if revision else {}
-    if where.endswith(".gguf"):
-        needs("gguf", "demo")
-        where, options = str(Path(where).parent), {"gguf_file": Path(where).name}
+    transformers, (where, options) = needs("transformers", "torch"), files_of(name, setting, revision)
     try:
         return transformers.AutoTokenizer.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:

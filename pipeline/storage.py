@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +50,33 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(
             f"cannot write {path}: {why}; make room or give another folder, then run the same command again"
         ) from None
+
+
+@contextmanager
+def replacing(folder: Path, mark: str) -> Iterator[Path]:
+    """An empty folder that takes the place of one with the file `mark` in it, or of an empty one, if the block
+    succeeds; a folder that holds something else is refused."""
+    made, old = (folder.parent / f".{folder.name}.{os.getpid()}.{kind}" for kind in ("tmp", "old"))
+    if folder.exists() and any(folder.iterdir()) and not (folder / mark).exists():
+        raise UserError(f"{folder} holds other files than gristmill's (no {mark}); give another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(folder.name)}\.\d+\.(tmp|old)", left.name):
+            shutil.rmtree(left, ignore_errors=True)
+    try:
+        made.mkdir()
+        yield made
+        for path in (*made.rglob("*"), made):
+            if path.is_file():  # safetensors keeps its files to their owner, whatever the umask
+                path.chmod((made / mark).stat().st_mode)
+            sync(path)
+        if folder.exists():
+            folder.rename(old)
+        made.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

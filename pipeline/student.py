@@ -7,11 +7,7 @@ load("runs/demo/train/student").score(["Photosynthesis turns light into sugar."]
 import hashlib
 import json
 import logging
-import os
-import re
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +21,7 @@ from pipeline.encoder import Embedded, Encoder
 from pipeline.errors import UserError, needs
 from pipeline.head import Columns, Head, schema_of
 from pipeline.layers import Layer, Outputs, activations, side_by_side
-from pipeline.storage import sync, write_text, writing
+from pipeline.storage import replacing, write_text, writing
 
 __all__ = ["Columns", "Head", "Layer", "Student", "load", "schema_of"]
 
@@ -133,7 +129,7 @@ class Student:
         safetensors = needs("safetensors.numpy", "torch")
         unrounded = self.source.model_copy(update={"dtype": "float32", "device": "cpu"})
         encoder = self.fine_tuned or Encoder(unrounded)
-        with writing(folder), replacing(folder) as made:
+        with writing(folder), replacing(folder, DESCRIPTION) as made:
             self.loaders = loaders.write(
                 made,
                 encoder.model,
@@ -174,32 +170,6 @@ def of_classification(heads: Sequence[Head]) -> dict[str, Any]:
 
 
 # -- the folder -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of a student's, or of an empty one, if the block succeeds."""
-    made, old = (folder.parent / f".{folder.name}.{os.getpid()}.{kind}" for kind in ("tmp", "old"))
-    if folder.exists() and any(folder.iterdir()) and not (folder / DESCRIPTION).exists():
-        raise UserError(f"{folder} holds other files than a student's; give another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.iterdir():
-        if re.fullmatch(rf"\.{re.escape(folder.name)}\.\d+\.(tmp|old)", left.name):
-            shutil.rmtree(left, ignore_errors=True)
-    try:
-        made.mkdir()
-        yield made
-        for path in (*made.rglob("*"), made):
-            if path.is_file():  # safetensors keeps its files to their owner, whatever the umask
-                path.chmod((made / DESCRIPTION).stat().st_mode)
-            sync(path)
-        if folder.exists():
-            folder.rename(old)
-        made.rename(folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def digests(folder: Path) -> dict[str, str]:

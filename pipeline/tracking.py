@@ -36,6 +36,12 @@ MADE_FROM = {
     "cuts": ("cuts",),
     "audit": ("teacher", "audit"),
     "filter": ("filter",),
+    "finetune": ("finetune",),
+    "prove": ("prove",),
+    "prepare": ("align",),
+    "actor": ("align", "actor"),
+    "reward": ("encoder", "train", "reward"),
+    "rl": ("align", "rl"),
 }
 """Sections of the recipe that a stage is made from."""
 
@@ -214,11 +220,13 @@ def flatten(values: dict[str, Any], prefix: str = "", numbers_only: bool = False
 
 
 @contextmanager
-def progress(name: str, total: int | None, beside: Callable[[float], str] = lambda _: "") -> Iterator[Step]:
-    """Counts documents: a bar with docs/s and time left on a terminal, a line every 15 s elsewhere; `beside` adds
-    to it, given the seconds so far."""
+def progress(
+    name: str, total: int | None, beside: Callable[[float], str] = lambda _: "", unit: str = "documents"
+) -> Iterator[Step]:
+    """Counts documents, or another unit: a bar with docs/s and time left on a terminal, a line every 15 s elsewhere;
+    `beside` adds to it, given the seconds so far."""
     if sys.stderr.isatty():
-        with progress_bar(name, total, beside) as step:
+        with progress_bar(name, total, beside, unit) as step:
             yield step
         return
     begin = said = time.perf_counter()
@@ -230,25 +238,27 @@ def progress(name: str, total: int | None, beside: Callable[[float], str] = lamb
         now = time.perf_counter()
         if now - said >= EVERY_S:
             said = now
-            log.info("%s: %s", name, pace(done, total, now - begin, beside(now - begin)))
+            log.info("%s: %s", name, pace(done, total, now - begin, beside(now - begin), unit))
 
     yield advance
 
 
 EVERY_S = 15
 """Seconds between lines of progress."""
+SHORT = {"documents": "docs"}
+"""Units by what they are called in a speed."""
 
 
-def pace(done: int, total: int | None, seconds: float, beside: str = "") -> str:
+def pace(done: int, total: int | None, seconds: float, beside: str = "", unit: str = "documents") -> str:
     """How far and how fast, in words."""
     speed = done / max(seconds, 1e-9)
-    told = [f"{done}{f' of {total}' if total else ''} documents", f"{speed:.1f} docs/s", beside]
+    told = [f"{done}{f' of {total}' if total else ''} {unit}", f"{speed:.1f} {SHORT.get(unit, unit)}/s", beside]
     left = f"{(total - done) / max(speed, 1e-9):.0f} s left" if total else ""
     return ", ".join(filter(None, [*told, left]))
 
 
 @contextmanager
-def progress_bar(name: str, total: int | None, beside: Callable[[float], str]) -> Iterator[Step]:
+def progress_bar(name: str, total: int | None, beside: Callable[[float], str], unit: str) -> Iterator[Step]:
     """A bar on the terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -256,7 +266,7 @@ def progress_bar(name: str, total: int | None, beside: Callable[[float], str]) -
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total} documents"),
+        TextColumn("{task.completed}/{task.total} " + unit),
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
     )
@@ -266,7 +276,7 @@ def progress_bar(name: str, total: int | None, beside: Callable[[float], str]) -
 
         def advance(n: int) -> None:
             done, seconds = bar.tasks[0].completed + n, max(time.perf_counter() - begin, 1e-9)
-            told = ", ".join(filter(None, [f"{done / seconds:.1f} docs/s", beside(seconds)]))
+            told = ", ".join(filter(None, [f"{done / seconds:.1f} {SHORT.get(unit, unit)}/s", beside(seconds)]))
             bar.update(task, advance=n, speed=told)
 
         yield advance

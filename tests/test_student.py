@@ -234,7 +234,7 @@ def test_a_failed_save_leaves_the_student_that_was_there(tmp_path: Path, saved: 
 
 def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, tiny_encoder: Path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds other files than a student's"):
+    with pytest.raises(UserError, match="holds other files than gristmill's"):
         make_student(tiny_encoder).save(tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline import sampling
@@ -19,7 +18,7 @@ from pipeline.config import Teacher
 from pipeline.engines.layout import Layout, Row
 from pipeline.engines.spacious import spacious
 from pipeline.errors import UserError, needs, required
-from pipeline.models import locate, pick_device, pick_dtype
+from pipeline.models import files_of, pick_device, pick_dtype
 from pipeline.prompts import Prompt
 from pipeline.teacher import Answer, Ask, Question, Record
 
@@ -319,11 +318,8 @@ def pad_and_ends(tokenizer: Any, model: Any) -> tuple[int, set[int]]:
 def load(teacher: Teacher, device: str) -> tuple[Any, Any]:
     """Tokenizer and model of a Hub name, folder or .gguf file."""
     transformers, safetensors = needs("transformers", "torch"), needs("safetensors", "torch")
-    name = locate(required(teacher.model, "teacher.model", "Qwen/Qwen3-8B"), "teacher.model")
-    where: dict[str, Any] = {"revision": teacher.revision} if teacher.revision else {}
-    if name.endswith(".gguf"):
-        needs("gguf", "demo")
-        name, where = str(Path(name).parent), {"gguf_file": Path(name).name}
+    model_name = required(teacher.model, "teacher.model", "Qwen/Qwen3-8B")
+    name, where = files_of(model_name, "teacher.model", teacher.revision)
     try:
         config = transformers.AutoConfig.from_pretrained(name, **where)
         kinds = {False: transformers.AutoModelForCausalLM, True: transformers.AutoModelForSeq2SeqLM}

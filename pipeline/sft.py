@@ -1,0 +1,54 @@
+"""Supervised fine-tuning: texts, or replies to prompts, of which only the replies are learned."""
+
+from typing import Any
+
+from pipeline import language_model, training
+from pipeline.errors import UserError, needs
+from pipeline.models import pick_device
+from pipeline.training import Job
+
+TEXTS = {"packing": True, "packing_strategy": "wrapped", "max_length": 512, "learning_rate": 5e-5}
+"""Arguments of SFTConfig for texts: rows follow one another in blocks of equal length."""
+REPLIES = {"packing": False, "max_length": 1024, "learning_rate": 2e-5}
+"""The same for replies."""
+
+
+def train(job: Job) -> None:
+    """Rows are texts (column `text`), or replies (`user_input`, `completion`)."""
+    trl, datasets = needs("trl", "finetune"), needs("datasets", "datasets")
+    tokenizer, model = language_model.load(job.model, f"{job.section}.model", pick_device(job.device), job.revision)
+    parts = {
+        name: datasets.Dataset.from_parquet(str(path), cache_dir=str(job.folder / "cache"))
+        for name, path in (("rows", job.rows), ("held_out", job.held_out))
+        if path
+    }
+    has_replies = "completion" in parts["rows"].column_names
+    settings = training.arguments(trl.SFTConfig, job, REPLIES if has_replies else TEXTS)
+    if has_replies:
+        training.check_chat_template(tokenizer, f"{job.section}.model", job.model)
+        parts = {name: conversations(part) for name, part in parts.items()}
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=settings,
+        train_dataset=parts["rows"],
+        eval_dataset=parts.get("held_out"),
+        processing_class=tokenizer,
+        peft_config=training.lora(job),
+    )
+    if len(trainer.train_dataset) == 0:
+        raise UserError(
+            f"{job.section}: {job.rows} does not fill one block of {settings.max_length} tokens; lower"
+            f" {job.section}.args.max_length, or give more text"
+        )
+    training.work(trainer, job, tokenizer)
+
+
+def conversations(rows: Any) -> Any:
+    """Rows as TRL reads them: the loss is on the completion alone."""
+    return rows.map(
+        lambda row: {
+            "prompt": [{"role": "user", "content": row["user_input"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        },
+        remove_columns=rows.column_names,
+    )

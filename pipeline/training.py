@@ -1,0 +1,291 @@
+"""Training a language model through TRL and Transformers: a job on disk, done in this process or launched into several
+(python -m pipeline.training JOB), that goes on from its last checkpoint."""
+
+import dataclasses
+import difflib
+import importlib
+import json
+import math
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+from pipeline import language_model
+from pipeline.config import Settings
+from pipeline.errors import UserError, needs
+from pipeline.models import multiplies_bfloat16, pick_device
+from pipeline.storage import write_text
+from pipeline.tracking import Step, progress, read_json
+
+CURVE, MODEL, CHECKPOINTS = "curve.jsonl", "model", "checkpoints"
+"""What a training leaves in its folder: a line for each time it logged, the whole model, and where it can go on."""
+
+TRAINERS = {
+    "sft": "pipeline.sft",
+    "grpo": "pipeline.policy",
+    "rloo": "pipeline.policy",
+    "dpo": "pipeline.policy",
+    "classifier": "pipeline.classifier",
+}
+"""Modules with a function `train(job)`."""
+
+EVERYWHERE = {
+    "logging_steps": 1,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "report_to": [],
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "dataloader_pin_memory": False,
+}
+"""Arguments of every trainer where the recipe says nothing."""
+
+
+class Job(Settings):
+    """Everything that a training needs, so that other processes can do it."""
+
+    trainer: Literal["sft", "grpo", "rloo", "dpo", "classifier"]
+    section: str
+    """Section of the recipe, for messages."""
+    model: str
+    """Hub name, folder, package:NAME/PATH or .gguf file."""
+    revision: str | None = None
+    rows: Path
+    """Parquet file of what is learned from; its columns are the trainer's."""
+    held_out: Path | None = None
+    """The same of what only the loss is looked at."""
+    folder: Path
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Laid over the trainer's defaults and EVERYWHERE, then handed to its configuration."""
+    lora: dict[str, Any] = Field(default_factory=dict)
+    """Passed verbatim to peft's LoraConfig; empty trains all weights."""
+    device: str | None = None
+    seed: int = 0
+    recipe: Path | None = None
+    """A resolved recipe, for trainers that ask a teacher or a student."""
+
+
+def run(job: Job, launch: Path | None = None) -> Path:
+    """Train, in processes that `accelerate launch` starts from a configuration file if one is given; the folder of
+    the whole model. Checkpoints are removed once it is there."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if launch is None:
+        train(job)
+    else:
+        launched(job, launch)
+    shutil.rmtree(job.folder / CHECKPOINTS, ignore_errors=True)
+    return job.folder / MODEL
+
+
+def train(job: Job) -> None:
+    """Train in this process."""
+    needs("trl", "finetune")
+    needs("peft", "finetune")
+    with warnings.catch_warnings():  # TRL and Transformers rename each other's arguments; no user can mend that
+        warnings.filterwarnings("ignore", ".*_checkpointing.* is deprecated", FutureWarning)
+        importlib.import_module(TRAINERS[job.trainer]).train(job)
+
+
+def launched(job: Job, launch: Path) -> None:
+    """Train in the processes of a configuration of accelerate, which says how many, with DeepSpeed or not."""
+    needs("accelerate", "finetune")
+    path = job.folder / "job.json"
+    write_text(path, job.model_dump_json(indent=2) + "\n")
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(launch)]
+    done = subprocess.run([*command, "-m", "pipeline.training", str(path)], check=False, stdout=sys.stderr)  # noqa: S603
+    if done.returncode:
+        raise UserError(
+            f"{job.section}.launch: accelerate launch ended with exit code {done.returncode} (its messages are above);"
+            " checkpoints are kept, the same command goes on"
+        )
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+def arguments(kind: Any, job: Job, defaults: dict[str, Any]) -> Any:
+    """A configuration class of TRL or Transformers with the job's arguments over the defaults; refuses what it does
+    not take."""
+    ours = {
+        "output_dir": str(job.folder / CHECKPOINTS),
+        "seed": job.seed,
+        "disable_tqdm": True,
+        **checkpointing(kind, job.args),
+        **precision(pick_device(job.device)),
+    }
+    return configured(kind, {**EVERYWHERE, **defaults, **ours, **job.args}, f"{job.section}.args", job.args)
+
+
+def checkpointing(kind: Any, given: Iterable[str]) -> dict[str, Any]:
+    """No recomputing of activations where the recipe says nothing, by the name that this version has for it."""
+    old, new = "gradient_checkpointing", "activation_checkpointing"
+    if {old, new} & set(given):
+        return {old: None} if new in given else {}
+    return {old: None, new: False} if new in {field.name for field in dataclasses.fields(kind)} else {old: False}
+
+
+def precision(device: str) -> dict[str, Any]:
+    """Where it runs; half precision only where the GPU has it, as TRL would ask for it everywhere."""
+    on_cpu = device == "cpu"
+    return {"use_cpu": on_cpu, "bf16": not on_cpu and device.startswith("cuda") and multiplies_bfloat16(device)}
+
+
+def configured(kind: Any, values: dict[str, Any], setting: str, given: Iterable[str]) -> Any:
+    """An instance of a configuration dataclass; the first key given that it has no field for is named."""
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    for name in given:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            told = f"did you mean {near[0]}?" if near else f"see the documentation of {kind.__name__}"
+            raise UserError(f"{setting}: {name!r} is not an argument of {kind.__name__}; {told}")
+    read = {name: typed(fields[name].type, values[name], f"{setting}.{name}") for name in given}
+    try:
+        return kind(**{**values, **read})
+    except (TypeError, ValueError, ImportError, OSError) as error:
+        raise UserError(f"{setting}: {' '.join(str(error).split())[:300]}") from None
+
+
+PLAIN = {"int": int, "float": float, "bool": bool}
+
+
+def typed(kind: Any, value: Any, setting: str) -> Any:
+    """A value of the recipe as what the field holds: to YAML, 1e-4 is a text."""
+    kind = PLAIN.get(kind, Any) if isinstance(kind, str) else kind
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        told = error.errors()[0]["msg"]
+        raise UserError(f"{setting}: {told[0].lower()}{told[1:]}, got {value!r}") from None
+    except PydanticSchemaGenerationError:
+        return value
+
+
+def lora(job: Job) -> Any:
+    """The LoraConfig, or None where all weights are trained."""
+    if not job.lora:
+        return None
+    peft = needs("peft", "finetune")
+    task = {"task_type": "SEQ_CLS" if job.trainer == "classifier" else "CAUSAL_LM"}
+    return configured(peft.LoraConfig, {**task, **job.lora}, f"{job.section}.lora", job.lora)
+
+
+def check_chat_template(tokenizer: Any, setting: str, model: str) -> None:
+    """Refuse a model that has no form for a conversation."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{setting}: {model} has no chat template; take an instruct model, or one that gristmill align actor made"
+            " of it, or put a chat_template.jinja into its folder"
+        )
+
+
+# -- at work ----------------------------------------------------------------------------------------------------------
+
+
+def work(trainer: Any, job: Job, tokenizer: Any) -> None:
+    """Train from the last checkpoint on, then write the whole model."""
+    transformers = needs("transformers", "torch")
+    for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
+        trainer.remove_callback(callback)
+    begun = last_checkpoint(job.folder / CHECKPOINTS)
+    trainer.add_callback(watcher(job, begun))
+    trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        trainer.save_model(str(job.folder / MODEL))  # weights lie in pieces; only the trainer can gather them
+    elif trainer.is_world_process_zero():
+        language_model.save(job.folder / MODEL, tokenizer, merged(model))
+    trainer.accelerator.wait_for_everyone()
+
+
+def merged(model: Any) -> Any:
+    """A model whose adapter is part of its weights: a folder with an adapter alone cannot be loaded by its path."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint that is whole; what a killed process was writing is removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in found:
+        if not is_whole(path):
+            shutil.rmtree(path)
+    return max((path for path in found if path.exists()), key=lambda path: found.index(path), default=None)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether its state, which is written last, can be read."""
+    try:
+        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def read_curve(folder: Path) -> list[dict[str, Any]]:
+    """What a training logged, in the order of steps; a line cut by a crash is left out."""
+    path, found = folder / CURVE, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def watcher(job: Job, begun: Path | None) -> Any:
+    """A callback that keeps the curve, shows how far it is, and stops where the loss is no number."""
+    transformers = needs("transformers", "torch")
+
+    class Watcher(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.shown, self.loss = ExitStack(), math.nan
+            self.step: Step = lambda _: None
+            at = (read_json(begun / "trainer_state.json") or {})["global_step"] if begun else 0
+            self.lines = [line for line in read_curve(job.folder) if line["step"] <= at]
+
+        def on_train_begin(self, _: Any, state: Any, __: Any, **___: Any) -> None:
+            if state.is_world_process_zero:
+                bar = progress(job.section, state.max_steps, self.told, "steps")
+                self.step = self.shown.enter_context(bar)
+                self.step(state.global_step)
+
+        def told(self, _: float) -> str:
+            return "" if math.isnan(self.loss) else f"loss {self.loss:.3f}"
+
+        def on_step_end(self, _: Any, __: Any, ___: Any, **____: Any) -> None:
+            self.step(1)
+
+        def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, Any], **___: Any) -> None:
+            if not state.is_world_process_zero:
+                return
+            numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+            self.lines.append({"step": state.global_step, **numbers})
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            write_text(job.folder / CURVE, text)
+            self.loss = numbers.get("loss", self.loss)
+            if "loss" in numbers and not math.isfinite(numbers["loss"]):
+                raise UserError(
+                    f"{job.section}: the loss is {numbers['loss']} at step {state.global_step}; lower"
+                    f" {job.section}.args.learning_rate, or look for rows that are empty once cut"
+                )
+
+        def on_train_end(self, _: Any, __: Any, ___: Any, **____: Any) -> None:
+            self.shown.close()
+
+    return Watcher()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """One of the processes of a launched job."""
+    from pipeline import cli
+
+    cli.alone(lambda: train(Job.model_validate_json(Path(arguments[0]).read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
