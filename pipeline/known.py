@@ -19,11 +19,10 @@ from pipeline.sample import Document, Smallest, documents_of, priority
 from pipeline.shards import Counts, find_shards
 from pipeline.splits import components, near_pairs
 from pipeline.tracking import progress
+from pipeline.trials import FEWEST
 
 log = logging.getLogger("gristmill")
 
-FEWEST = 20
-"""Documents below which nothing can be chosen."""
 SHOWN_SHARE = 5
 """At most one of so many documents is set aside to be shown."""
 

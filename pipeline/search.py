@@ -261,9 +261,3 @@ def trial_of(
     text = json.dumps(outcome.figures, default=spaces.plain)
     figures = json.loads(text, parse_constant=lambda _: None)
     return Trial(number, params, state, float(outcome.value), figures, reason, seconds)
-
-
-def best(trials: Sequence[Trial]) -> Trial:
-    """The complete trial with the highest value; of equal ones the defaults, else the earliest."""
-    complete = [trial for trial in trials if trial.state == "complete" and trial.value is not None]
-    return max(complete, key=lambda trial: (trial.value, -trial.number))

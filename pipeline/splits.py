@@ -114,6 +114,15 @@ def deal(
     return dealt
 
 
+def sides(
+    units: NDArray[np.int64], strata: Sequence[Hashable], share: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions on the one side and those held out, which are about `share` of all; whole units, evenly by stratum."""
+    names = np.array([f"{unit:012d}" for unit in units])
+    dealt = deal(units, names, strata, {"used": 1 - share, "held_out": share}, seed)
+    return np.flatnonzero(dealt == "used"), np.flatnonzero(dealt == "held_out")
+
+
 def turn(members: list[tuple[str, Hashable]], seed: int) -> tuple[str, str]:
     """When a unit's turn comes: by stratum, then by a seeded hash of its first id."""
     id, stratum = min(members, key=lambda member: (member[0], str(member[1])))

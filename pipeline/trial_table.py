@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from typing import TYPE_CHECKING
 
 from pipeline import tried
-from pipeline.trials import Trial
+from pipeline.trials import Trial, ranked, value_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,12 +75,12 @@ def as_lines(objective: str, n_trials: int) -> Iterator[Step]:
 
 def line(trials: Sequence[Trial], objective: str, n_trials: int) -> str:
     """The last trial in words, and the best so far."""
-    trial, best = trials[-1], tried.ranked(trials)[:1]
+    trial, best = trials[-1], ranked(trials)[:1]
     who = "defaults" if trial.number == tried.DEFAULTS else f"trial {trial.number} ({n_done(trials)} of {n_trials})"
     what = tried.remark(trial) if trial.state != "complete" else scored(trial, objective)
     told = [f"{who}: {what}", tried.settings(trial.params)]
     if trial.number != tried.DEFAULTS and best:
-        told.append(f"best so far {tried.value_of(best[0]):.3f} ({tried.name(best[0])})")
+        told.append(f"best so far {value_of(best[0]):.3f} ({tried.name(best[0])})")
     return "; ".join(filter(None, told))
 
 
@@ -91,7 +91,7 @@ def n_done(trials: Sequence[Trial]) -> int:
 
 def scored(trial: Trial, objective: str) -> str:
     """A complete trial's figure, and what is left of it where a price has been taken off."""
-    own, value = tried.quality(trial, objective), tried.value_of(trial)
+    own, value = tried.quality(trial, objective), value_of(trial)
     less = "" if own in (None, value) else f", {value:.3f} less its price"
     return f"{tried.called(objective)} {value if own is None else own:.3f}{less}"
 
@@ -175,7 +175,7 @@ def table(trials: Sequence[Trial], objective: str, caption: str, is_wide: bool) 
     shown.add_column("settings", overflow="ellipsis")  # it alone gives way, as its cells are not wrapped
     for trial, style, ends in listed(trials):
         figures = [figure_of(trial, figure) for figure in extras]
-        value = f"{tried.value_of(trial):.3f}" if trial.state == "complete" else trial.state
+        value = f"{value_of(trial):.3f}" if trial.state == "complete" else trial.state
         cells = [Text(cell, no_wrap=True) for cell in (tried.name(trial), value, *figures, says(trial))]
         shown.add_row(*cells, style=style, end_section=ends)
     return shown
@@ -183,7 +183,7 @@ def table(trials: Sequence[Trial], objective: str, caption: str, is_wide: bool) 
 
 def listed(trials: Sequence[Trial]) -> Iterator[tuple[Trial, str, bool]]:
     """Trials in the order of the table, each with its style and whether a rule follows."""
-    best = tried.ranked(trials)
+    best = ranked(trials)
     first = [trial for trial in trials if trial.number == tried.DEFAULTS]
     others = [trial for trial in best if trial.number != tried.DEFAULTS][:N_BEST]
     incomplete = [trial for trial in trials if trial.state != "complete" and trial not in first][-N_INCOMPLETE:]

@@ -1,6 +1,7 @@
 """What is tried when a teacher is tuned: settings, what came of them, and the task they are tried on."""
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -11,6 +12,8 @@ from pipeline.errors import Pending
 from pipeline.metrics import Interval
 from pipeline.spending import Spending
 
+FEWEST = 20
+"""Documents below which nothing can be chosen."""
 Params = dict[str, Any]
 """Settings by their names in the search space; none are the defaults."""
 Positions = NDArray[Any]
@@ -105,3 +108,19 @@ class Task(Protocol):
     def told(self, best: Params) -> dict[str, Any]:
         """What else the result tells by its own names, such as a ceiling."""
         ...
+
+
+def ranked(trials: Iterable[Trial]) -> list[Trial]:
+    """Complete trials, the best first; of equals the defaults, then the earlier."""
+    there = [trial for trial in trials if trial.state == "complete" and math.isfinite(value_of(trial))]
+    return sorted(there, key=lambda trial: (-value_of(trial), trial.number))
+
+
+def value_of(trial: Trial) -> float:
+    """The objective less the price, NaN where there is none."""
+    return math.nan if trial.value is None else trial.value
+
+
+def winner(trials: Iterable[Trial]) -> Trial:
+    """The first of them; one must be complete."""
+    return ranked(trials)[0]

@@ -1,7 +1,6 @@
 """Trials as a tuning left them in its run folder, and in words."""
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,17 +25,6 @@ def read(run_folder: Path) -> list[Trial]:
             values = json.loads(line)
             found.append(Trial(**{name: values[name] for name in Trial._fields if name in values}))
     return found
-
-
-def ranked(trials: Iterable[Trial]) -> list[Trial]:
-    """Complete trials, the best first; of equals the defaults, then the earlier."""
-    there = [trial for trial in trials if trial.state == "complete" and math.isfinite(value_of(trial))]
-    return sorted(there, key=lambda trial: (-value_of(trial), trial.number))
-
-
-def value_of(trial: Trial) -> float:
-    """The objective less the price, NaN where there is none."""
-    return math.nan if trial.value is None else trial.value
 
 
 def quality(trial: Trial, objective: str) -> float | None:

@@ -34,7 +34,7 @@ from pipeline.shards import find_shards, fingerprint
 from pipeline.spending import check_budget, has_prices
 from pipeline.storage import write_text
 from pipeline.tracking import Result, Stage, read_json, stage
-from pipeline.trials import Compared, Failed, OutOfBudget, Params, Positions, Task, Trial
+from pipeline.trials import Compared, Failed, OutOfBudget, Params, Positions, Task, Trial, winner
 
 log = logging.getLogger("gristmill")
 
@@ -108,7 +108,7 @@ def run(recipe: Recipe, redo: bool = False) -> TuneResult:
         folds = parts(recipe, task)
         begin(work, anew)
         trials, stopped_by = searched(work, task, folds)
-        best = search.best(trials)
+        best = winner(trials)
         compared = judged(task, trials, folds)
         told = findings.sentence(task.objective, best, compared)
         written = best.params if findings.is_worth_it(compared, recipe.tune.usd_weight) else {}
@@ -217,9 +217,7 @@ def parts(recipe: Recipe, task: Task) -> list[Fold]:
         dealt = splits.folds(task.units, task.strata, n, recipe.seed)
         found = [(np.flatnonzero(dealt != fold), np.flatnonzero(dealt == fold)) for fold in range(n)]
     else:
-        names = np.array([f"{unit:012d}" for unit in task.units])
-        sides = splits.deal(task.units, names, task.strata, {"chosen_on": 1 - share, "held_out": share}, recipe.seed)
-        found = [(np.flatnonzero(sides == "chosen_on"), np.flatnonzero(sides == "held_out"))]
+        found = [splits.sides(task.units, task.strata, share, recipe.seed)]
     fewest = min(len(positions) for fold in found for positions in fold)
     if fewest < (1 if n else FEWEST):
         setting = "tune.folds" if n else "tune.held_out_share"
@@ -286,7 +284,7 @@ def file_of(work: Stage) -> Path:
 def judged(task: Task, trials: Sequence[Trial], folds: Sequence[Fold]) -> Compared:
     """The best and the defaults on documents held out; with several folds, what was best on the others of each."""
     chosen, held_out = ([fold[side] for fold in folds] for side in (0, 1))
-    found = [search.best(trials)] if len(folds) == 1 else [best_on(task, trials, each) for each in chosen]
+    found = [winner(trials)] if len(folds) == 1 else [best_on(task, trials, each) for each in chosen]
     try:
         return task.compared([trial.params for trial in found], chosen, held_out)
     except Failed as error:
@@ -300,7 +298,7 @@ def best_on(task: Task, trials: Sequence[Trial], positions: Positions) -> Trial:
         with suppress(Failed, OutOfBudget):
             if trial.state == "complete":
                 values.append(trial._replace(value=task.outcome(trial.params, positions).value))
-    return search.best(values or trials)
+    return winner(values or trials)
 
 
 def write_best(work: Stage, settings: dict[str, Any], told: str, kind: str) -> None:
@@ -324,7 +322,7 @@ def summarise(
     stopped_by: str | None,
 ) -> TuneResult:
     """All of it in figures."""
-    tune, best, default = work.recipe.tune, search.best(trials), trials[0]
+    tune, best, default = work.recipe.tune, winner(trials), trials[0]
     spent = task.spending.in_figures([work.recipe.teacher], work.seconds)
     told = {"n_examples": 0, "ceiling": None, "fitted_line": None, **task.told(written)}
     states = [trial.state for trial in trials[1:]]

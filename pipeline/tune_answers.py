@@ -20,12 +20,10 @@ from pipeline.shards import Counts, Shard, find_shards
 from pipeline.spending import Spending, cost, has_prices
 from pipeline.teacher import Answer, AnswerStore
 from pipeline.text_metrics import Metric
-from pipeline.trials import Compared, Failed, Outcome, OutOfBudget, Params, Positions
+from pipeline.trials import FEWEST, Compared, Failed, Outcome, OutOfBudget, Params, Positions
 
 Row = dict[str, Any]
 
-FEWEST = 20
-"""Rows that tuning needs at least."""
 QUESTION_TOKENS = 4096
 """teacher.document_tokens where the recipe leaves it open: a question cannot be cut, as a document can."""
 OWN = ("template", "system", "answer_start", "chat")

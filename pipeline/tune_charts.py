@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from pipeline import tried
 from pipeline.charts import markup
 from pipeline.pictures import BLUE, GREY, INK, OFFSET, ORANGE, RULE, WIDE_IN, Axes, chart
-from pipeline.trials import Trial
+from pipeline.trials import Trial, ranked, value_of
 
 Values = dict[str, Any]
 
@@ -39,14 +39,14 @@ def page(run_folder: Path, result: Values) -> Values:
     """What the report's page shows of the trials so far, and of the result once there is one."""
     trials = tried.read(run_folder)
     objective = str(result.get("objective") or "objective")
-    ranked = tried.ranked(trials)
+    order = ranked(trials)
     return {
         "objective": objective,
         "called": tried.called(objective),
         "less_price": bool(result) and tried.less_price(trials, objective),
         "default": next((trial for trial in trials if trial.number == tried.DEFAULTS), None),
-        "best": [trial for trial in ranked if trial.number != tried.DEFAULTS][:N_SHOWN],
-        "winner": ranked[0].number if ranked else None,
+        "best": [trial for trial in order if trial.number != tried.DEFAULTS][:N_SHOWN],
+        "winner": order[0].number if order else None,
         "failed": [trial for trial in trials if trial.state == "failed"],
         "n_trials": sum(trial.number != tried.DEFAULTS for trial in trials),
         "usd_known": tried.known(trials, "usd_per_1000"),
@@ -66,23 +66,21 @@ def drawn(svg: str | None) -> Any:
 
 def slices(trials: Sequence[Trial], objective: str, importance: dict[str, float]) -> list[str]:
     """A small chart for each setting that took several values, the most important first."""
-    best = tried.ranked(trials)
+    best = ranked(trials)
     defaults = [trial for trial in best if trial.number == tried.DEFAULTS]
     there = [trial for trial in best if trial.number != tried.DEFAULTS]
     names = sorted(
         dict.fromkeys(name for trial in there for name in trial.params), key=lambda x: -importance.get(x, 0)
     )
-    values = [tried.value_of(trial) for trial in best]
+    values = [value_of(trial) for trial in best]
     label = tried.called(objective) + (" less price" if tried.less_price(trials, objective) else "")
     shown = []
     for name in names:
         points = [
-            Point(trial.params[name], tried.value_of(trial), trial is best[0])
-            for trial in there
-            if name in trial.params
+            Point(trial.params[name], value_of(trial), trial is best[0]) for trial in there if name in trial.params
         ]
         if len({key(point.setting) for point in points}) > 1:
-            default = tried.value_of(defaults[0]) if defaults else None
+            default = value_of(defaults[0]) if defaults else None
             shown.append(one_slice(name, points, default, (min(values), max(values)), label))
     return shown
 
@@ -226,15 +224,15 @@ def importances(found: dict[str, float]) -> str | None:
 
 def against_price(trials: Sequence[Trial], objective: str) -> str | None:
     """Trials by what they cost and how good they are, and the front; None where the price is always the same."""
-    ranked = tried.ranked(trials)
+    order = ranked(trials)
     for figure, label in PRICES.items():
         points = [
             (float(each.figures[figure]), tried.quality(each, objective) or 0.0, each)
-            for each in ranked
+            for each in order
             if each.figures.get(figure) is not None
         ]
         if len({price for price, _, _ in points}) > 1:
-            return priced(points, label, tried.called(objective), ranked[0])
+            return priced(points, label, tried.called(objective), order[0])
     return None
 
 

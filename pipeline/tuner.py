@@ -22,12 +22,10 @@ from pipeline.errors import UserError
 from pipeline.generation import Generator, filled, units
 from pipeline.spending import Spending
 from pipeline.text_metrics import Metric
-from pipeline.trials import Compared, Failed, Outcome, Params, Positions, Trial
+from pipeline.trials import FEWEST, Compared, Failed, Outcome, Params, Positions, Trial, winner
 
 log = logging.getLogger("gristmill")
 
-FEWEST = 20
-"""Rows that tuning needs at least."""
 FOLDS = 5
 """Parts in which an estimator that learns is judged on the rows it is chosen on."""
 GREEDY: Params = {"temperature": 0.0}
@@ -78,7 +76,7 @@ class Tuner(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
         with study_file(self.storage) as file:
             tried = search.search(task, self.space, chosen_on, settings, self.seed, file, tell)
         self.trials_ = with_greedy(task, tried, chosen_on)
-        won = search.best(self.trials_)
+        won = winner(self.trials_)
         self.best_params_, self.best_score_, self.default_score_ = won.params, won.value, tried[0].value
         compared = task.compared([won.params], [chosen_on], [held_out])
         self.held_out_ = {name: value for name, value in compared._asdict().items() if name != "confusion"}
@@ -119,10 +117,7 @@ def metric_of(estimator: Any, metric: Any) -> Metric:
 
 def parts(task: "Rows", held_out_share: float, seed: int) -> tuple[Positions, Positions]:
     """Rows to choose on and rows held out; whole units, evenly by stratum."""
-    names = np.array([f"{unit:012d}" for unit in task.units])
-    shares = {"chosen_on": 1 - held_out_share, "held_out": held_out_share}
-    sides = splits.deal(task.units, names, task.strata, shares, seed)
-    chosen_on, held_out = (np.flatnonzero(sides == side) for side in shares)
+    chosen_on, held_out = splits.sides(task.units, task.strata, held_out_share, seed)
     if min(len(chosen_on), len(held_out)) < FOLDS:
         what = f"{len(chosen_on)} to choose on and {len(held_out)} held out; {FOLDS} each are the least"
         raise UserError(f"Tuner: held_out_share {held_out_share:g} makes of {task.n_documents} rows {what}")

@@ -23,8 +23,7 @@ import pytest
 from pipeline import search, study, study_file
 from pipeline.config import Tune
 from pipeline.errors import Pending, UserError
-from pipeline.search import best
-from pipeline.trials import Compared, Failed, Outcome, Params, Positions, Trial
+from pipeline.trials import Compared, Failed, Outcome, Params, Positions, Trial, winner
 
 DOCUMENTS = np.arange(100)
 DEFAULTS: Params = {"x": 0.0, "y": 0.0, "kind": "plain", "stop": None}
@@ -127,7 +126,7 @@ def test_a_grid_tries_every_combination_once(tmp_path: Path) -> None:
     combinations = set(itertools.product((0, 0.3, 0.6, 0.9), ("plain", "good"), ("['\\n']", "None")))
     assert tried == combinations - {(0, "plain", "None")}, "which is what the defaults are"
     assert len(trials) == 16 and len(task.asked) == 16
-    assert (best(trials).params["x"], best(trials).params["kind"]) == (0.6, "good")
+    assert (winner(trials).params["x"], winner(trials).params["kind"]) == (0.6, "good")
 
 
 def test_a_grid_with_fewer_trials_goes_on_where_it_ended(tmp_path: Path) -> None:
@@ -195,7 +194,7 @@ def test_an_objective_that_is_no_number_fails_its_trial_alone(tmp_path: Path, wr
     }
     failed = next(trial for trial in trials if trial.state == "failed")
     assert failed.value is None and failed.reason == f"the objective is {wrong}"
-    assert best(trials).params == {"x": 0.6}
+    assert winner(trials).params == {"x": 0.6}
 
 
 @pytest.mark.parametrize("kind", [Failed, UserError])
@@ -364,7 +363,7 @@ def test_two_searches_are_never_in_one_file(tmp_path: Path) -> None:
 def test_tpe_finds_higher_ground_than_chance(tmp_path: Path) -> None:
     drawn = np.random.default_rng(0).uniform(-1, 1, (10_000, 25, 2))
     by_chance = (1.1 - ((drawn - [0.6, -0.2]) ** 2).sum(-1) - 0.2).max(1).mean()
-    tops = [best(found(tmp_path / str(seed), XY, seed=seed, search="tpe", trials=25)).value for seed in range(3)]
+    tops = [winner(found(tmp_path / str(seed), XY, seed=seed, search="tpe", trials=25)).value for seed in range(3)]
     assert all(top is not None and 0.9 - top < (0.9 - by_chance) / 2 for top in tops)
 
 
@@ -374,13 +373,13 @@ def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_small_shares")
-def test_halving_asks_about_fewer_documents_and_keeps_the_best(tmp_path: Path) -> None:
+def test_halving_asks_about_fewer_documents_and_keeps_the_winner(tmp_path: Path) -> None:
     space = {"x": {"low": -1.0, "high": 1.0, "step": 0.2}}
     whole, halved = Hill(), Hill()
     every = found(tmp_path / "whole", space, whole, search="grid", trials=11)
     trials = found(tmp_path / "halved", space, halved, search="grid", trials=11, halving=True)
     pruned = [trial for trial in trials if trial.state == "pruned"]
-    assert best(trials).params == best(every).params == {"x": 0.6}
+    assert winner(trials).params == winner(every).params == {"x": 0.6}
     assert halved.n_asked < 0.7 * whole.n_asked
     assert pruned and all(trial.value is not None and trial.figures for trial in pruned)
     assert {n for _, n in halved.asked} == {25, 50, 100}
@@ -438,9 +437,9 @@ def test_settings_that_are_being_tried_are_not_tried_beside(tmp_path: Path) -> N
 
 def test_the_best_of_equals_is_the_defaults_then_the_earliest() -> None:
     trials = [Trial(n, {}, "complete", value, {}) for n, value in ((2, 0.5), (1, 0.5), (-1, 0.4))]
-    assert best(trials).number == 1
-    assert best([*trials, Trial(-1, {}, "complete", 0.5, {})]).number == -1
-    assert best([trials[2], Trial(0, {}, "pruned", 0.9, {}), Trial(1, {}, "failed", None, {}, "no")]).number == -1
+    assert winner(trials).number == 1
+    assert winner([*trials, Trial(-1, {}, "complete", 0.5, {})]).number == -1
+    assert winner([trials[2], Trial(0, {}, "pruned", 0.9, {}), Trial(1, {}, "failed", None, {}, "no")]).number == -1
 
 
 # -- what others see --

@@ -13,7 +13,7 @@ from test_report import Page
 
 from pipeline import report, summary, trial_table, tried, tune_charts
 from pipeline.config import Recipe
-from pipeline.trials import Trial
+from pipeline.trials import Trial, ranked
 
 HOSTILE = "</td><script>alert(1)</script> {{ 7 * 7 }} [red]$x$ \x1b[31m"
 SPACE: list[dict[str, Any]] = [
@@ -297,7 +297,7 @@ def test_any_values_have_a_slice(settings: list[Any]):
 def test_of_equal_trials_the_defaults_come_first_then_the_earlier():
     equal = [Trial(n, {}, "complete", 0.5, {}) for n in (3, -1, 1)]
     nothing = [Trial(4, {}, "failed", None, {}), Trial(5, {}, "complete", float("nan"), {})]
-    assert [each.number for each in tried.ranked([*equal, *nothing])] == [-1, 1, 3]
+    assert [each.number for each in ranked([*equal, *nothing])] == [-1, 1, 3]
 
 
 def test_values_are_told_on_one_line():
