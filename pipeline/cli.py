@@ -25,6 +25,8 @@ log = logging.getLogger("gristmill")
 STAGES = ("rate", "train", "score", "filter")
 WITH_PICTURES = ("rate", "train", "score", "cuts", "filter", "report")
 """The same with what only looks at the run."""
+ALIGNING = ("actor", "rate_replies", "reward", "rl")
+"""Steps of align, as modules."""
 PASSED_THROUGH = {"args", "chat_template_args", "engine_args", "lora", "space"}
 """Settings that hold others' names."""
 
@@ -236,6 +238,30 @@ def finetune(
     execute(["finetune"], recipe, {**flags(common), "finetune": flags(finetune)}, how)
 
 
+@app.command(sort_key=6)
+def generate(
+    model: str,
+    /,
+    *prompts: str,
+    ways: Annotated[config.Generate, Flat] = config.Generate(),  # noqa: B008
+    as_json: Annotated[bool, Parameter(name="--json")] = False,
+) -> None:
+    """What a language model writes after a prompt.
+
+    Parameters
+    ----------
+    model
+        Hub name, folder (a run's finetune/model), package:NAME/PATH or .gguf file.
+    prompts
+        Texts to go on from; without any what stands on stdin.
+    as_json
+        Answer with one JSON line for each: prompt, seed, text.
+    """
+    from pipeline import continuations
+
+    continuations.run(model, prompts, ways, as_json)
+
+
 @app.command(sort_key=5)
 def prove(
     recipe: RecipePath = None,
@@ -263,6 +289,28 @@ def align_prepare(
 ) -> None:
     """Prompts and replies from ARLHF, SHP or a file of pairs; both replies are kept."""
     execute(["prepare"], recipe, flags(settings), how)
+
+
+@align.command(name="expand", sort_key=1)
+def align_expand(
+    kind: Literal["actor", "prompts", "reward"],
+    recipe: RecipePath = None,
+    /,
+    *,
+    n: Annotated[int, Parameter(name=["--rows", "-n"]), Field(ge=1)] = 100,
+    settings: Annotated[Recipe, Flat] = Recipe(),  # noqa: B008
+    how: Annotated[How, Flat] = How(),  # noqa: B008
+) -> None:
+    """Further rows that the teacher writes, from a few examples of the data or from nothing.
+
+    Parameters
+    ----------
+    kind
+        What rows are for: the actor (prompt and reply), prompts alone, or the reward (replies of any quality).
+    n
+        Rows wanted in all.
+    """
+    execute(["expand"], recipe, flags(settings), how, kind=kind, n=n)
 
 
 @align.command(name="actor", sort_key=2)
@@ -321,8 +369,15 @@ def align_all(
     settings: Annotated[Recipe, Flat] = Recipe(),  # noqa: B008
     how: Annotated[How, Flat] = How(),  # noqa: B008
 ) -> None:
-    """All steps one after another; a finished one is skipped."""
-    execute(["actor", "rate_replies", "reward", "rl"], recipe, flags(settings), how, lambda _: None)
+    """All steps one after another, prepare first where align.source is set; a finished one is skipped."""
+    given = flags(settings)
+    first = ["prepare"] if config.load_recipe(recipe, given).align.source else []
+    execute([*first, *ALIGNING], recipe, given, how, check_align)
+
+
+def check_align(recipe: Recipe) -> None:
+    """Find what would stop a later step of align."""
+    importlib.import_module("pipeline.align").check_ahead(recipe)
 
 
 @app.command(sort_key=5)
@@ -412,8 +467,9 @@ def execute(
     given: dict[str, Any],
     how: How,
     before: Callable[[Recipe], None] = lambda _: None,
+    **options: Any,
 ) -> list[Any]:
-    """Run stages one after another and show what they did; their results."""
+    """Run stages one after another, each with these options, and show what they did; their results."""
     recipe = config.load_recipe(path, given)
     if how.dry_run:
         sys.stdout.write(config.to_yaml(recipe))
@@ -424,7 +480,8 @@ def execute(
         if "filter" in stages and len(stages) > 1:
             check_ahead(recipe)
         before(recipe)
-        results = {name: importlib.import_module(f"pipeline.{name}").run(recipe, how.redo) for name in stages}
+        modules = {name: importlib.import_module(f"pipeline.{name}") for name in stages}
+        results = {name: module.run(recipe, how.redo, **options) for name, module in modules.items()}
 
     values = {name: result.model_dump(mode="json") for name, result in results.items()}
     answer({**values, "run_folder": str(recipe.run_folder)}, how, summary.show)
@@ -467,6 +524,7 @@ def alone(work: Callable[[], Any]) -> NoReturn:
     """Do all that this process is for; what is wrong is one line, and the exit code tells the truth."""
     log.setLevel(logging.INFO)
     log.handlers = [logging.StreamHandler(sys.stderr)]
+    log.handlers[0].addFilter(said_once())
     quieten_libraries()
     try:
         work()
@@ -517,6 +575,18 @@ def log_in(run_folder: Path) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         handler.close()
+
+
+def said_once() -> Callable[[logging.LogRecord], bool]:
+    """A filter that passes the same words once, as several steps tell the same of the same machine."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        words, n = record.getMessage(), len(said)
+        said.add(words)
+        return len(said) > n
+
+    return is_new
 
 
 def quieten_libraries() -> None:

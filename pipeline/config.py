@@ -47,8 +47,9 @@ class Corpus(Settings):
     """Where the documents are and how to read them."""
 
     path: str | None = None
-    """File, folder or glob of parquet, JSONL (.gz, .zst) or Arrow; a save_to_disk folder; a URL (s3://, gs://, hf://);
-    or a Hub dataset name."""
+    """File, folder or glob of parquet, JSONL (.gz, .zst), Arrow or plain text (.txt: a row for each paragraph, or for
+    each line where no blank line separates paragraphs); a save_to_disk folder; a URL (s3://, gs://, hf://); or a Hub
+    dataset name."""
     subset: str | None = None
     """Configuration of a Hub dataset."""
     revision: str | None = None
@@ -457,7 +458,8 @@ class Training(Settings):
 
 
 class Finetune(Training):
-    """A language model is trained further on the documents of a corpus."""
+    """A language model is trained further on the documents of a corpus; of plain text, on passages of some 4,000
+    characters. A document longer than args.max_length is learned in several blocks."""
 
     on: Literal["corpus", "kept"] = "corpus"
     """The corpus, or what the run's filter kept of it."""
@@ -475,6 +477,29 @@ class Finetune(Training):
     """Length of a continuation."""
     temperature: NotNegative = 0.7
     """Of the continuations; 0 takes the likeliest token each time."""
+
+
+class Generate(Settings):
+    """How a language model goes on from a beginning; not part of the recipe."""
+
+    max_tokens: Count = 100
+    """At most so many tokens."""
+    temperature: NotNegative = 0.7
+    """0 takes the likeliest token each time."""
+    top_p: Share | None = None
+    """Nucleus sampling: the likeliest tokens with this probability together."""
+    repetition_penalty: Positive | None = None
+    """Above 1, tokens that have occurred become less likely."""
+    seed: int = 0
+    """Seed of what is drawn."""
+    n: Count = 1
+    """Continuations of each prompt, with the seeds that follow."""
+    chat: bool = False
+    """Ask an instruct model in its chat template, and print its reply alone."""
+    revision: str | None = None
+    """Hub revision of the model."""
+    device: str | None = None
+    """cuda, cuda:1, mps or cpu; without it the best one present."""
 
 
 class Prove(Training):
@@ -498,7 +523,7 @@ class Prove(Training):
     layers: Count = 4
     """Layers of a model from scratch, which is what is trained where no prove.model is given."""
     hidden_size: Count = 192
-    """Its width; each attention head has 32 of it."""
+    """Its width, a multiple of 32, which each attention head has of it."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness (extra lm-eval), such as arc_easy, on top."""
     task_documents: Count | None = None
@@ -509,8 +534,9 @@ class Align(Settings):
     """Prompts and replies that a model is aligned on. Files are JSON arrays or JSON lines."""
 
     source: str | None = None
-    """What `align prepare` reads: arlhf (Dahoas/rm-static) or shp (stanfordnlp/SHP) from the Hub, or a file with
-    prompt, chosen and rejected."""
+    """What `align prepare` reads: arlhf (Dahoas/rm-static) or shp (stanfordnlp/SHP) from the Hub, or a JSON array or
+    corpus of any format with the columns prompt, chosen and rejected, with those of SHP, or with instruction and
+    output."""
     sample: Count = 1000
     """Rows of it that are used, a uniform draw."""
     actor_data: Path | None = None
@@ -534,6 +560,8 @@ class Align(Settings):
     """What `align expand` asks the teacher, by key: actor, rlhf, reward."""
     examples: Annotated[int, Field(ge=0)] = 3
     """Rows of the data that are shown to the teacher as examples with each expansion; 0 starts from nothing."""
+    expand_temperature: Positive = 1.0
+    """Of the teacher in `align expand`, so that rows differ; other settings of sampling are the teacher's."""
 
 
 class Actor(Training):

@@ -24,6 +24,7 @@ from pipeline.formats import (
     read_parquet,
     tops,
 )
+from pipeline.plain_text import TEXT_SCHEMA, read_text
 from pipeline.shards import Beside, Counts, Shard, beside, first_line, opened, reading
 
 DTYPES = {pa.float32(): "float32", pa.int8(): "int8", pa.string(): "string"}
@@ -47,6 +48,8 @@ def read(
     with reading(shard):
         if shard.format == "jsonl":
             batches = read_jsonl(shard, corpus, counts, columns, schema)
+        elif shard.format == "text":
+            batches = read_text(shard, counts, columns)
         else:
             batches = readers[shard.format](shard, corpus, columns)
         for batch in batches:
@@ -61,6 +64,7 @@ def read_schema(shard: Shard, corpus: Corpus) -> pa.Schema:
         "arrow": arrow_schema,
         "hub": hub_schema,
         "sidecar": sidecar_schema,
+        "text": lambda *_: TEXT_SCHEMA,
     }
     with reading(shard):
         schema = heads[shard.format](shard, corpus) if shard.format in heads else None

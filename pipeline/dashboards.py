@@ -1,4 +1,5 @@
-"""Weights & Biases or Trackio, when asked: a stage's numbers, trials, examples, the report and the student."""
+"""Weights & Biases or Trackio, when asked: a stage's numbers, curves, trials, examples, the report and the student.
+Language models are gigabytes, and stay where they are."""
 
 import logging
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline import examples, tried
+from pipeline import examples, training, training_page, tried
 from pipeline.config import Recipe
 from pipeline.errors import needs
 from pipeline.tracking import read_json
@@ -27,6 +28,8 @@ def send(stage: str, recipe: Recipe, numbers: dict[str, Any]) -> None:
         with redirect_stdout(sys.stderr):  # stdout is the result's
             run = tracker.init(**START[recipe.tracking.to](tracker, stage, recipe))
             try:
+                for step, line in curve(stage, recipe.run_folder):
+                    run.log({f"{stage}/{name}": value for name, value in line.items()}, step=step)
                 run.log({f"{stage}/{name}": value for name, value in numbers.items()})
                 for name, shown in to_look_at(tracker, stage, recipe):
                     run.log({f"{stage}/{name}": shown})
@@ -61,8 +64,12 @@ START = {"wandb": for_wandb, "trackio": for_trackio}
 
 
 def to_look_at(tracker: ModuleType, stage: str, recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    """A table of trials or examples, or the report's page."""
+    """A table of trials, examples, continuations or reply pairs, the proof's picture, or the report's page."""
     name, rows = "examples", list[dict[str, Any]]()
+    if stage == "finetune":
+        name, rows = "continuations", training_page.continuations(recipe.run_folder)
+    if stage == "rl":
+        name, rows = "replies", training_page.read_pairs(recipe.run_folder)[:N_ROWS]
     if stage == "tune":
         name, rows = "trials", trials(recipe.run_folder)
     if stage == "rate":
@@ -71,9 +78,28 @@ def to_look_at(tracker: ModuleType, stage: str, recipe: Recipe) -> Iterator[tupl
         rows = examples.scored(recipe, N_ROWS)
     if rows:
         yield name, tracker.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+    picture = recipe.run_folder / "prove" / "prove.png"
+    if stage == "prove" and picture.exists():
+        yield "picture", tracker.Image(str(picture))
     page = recipe.run_folder / "report" / "report.html"
     if stage == "report" and page.exists():
         yield "page", tracker.Html(page.read_text(encoding="utf-8"))
+
+
+def curve(stage: str, run_folder: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """Figures of a training by step, those logged at one step together; of the arms of a proof by tokens."""
+    steps: dict[int, dict[str, float]] = {}
+    lines = training.read_curve(run_folder / stage)
+    if stage == "prove":
+        arms = (read_json(run_folder / "prove" / "result.json") or {}).get("arms") or {}
+        lines = [
+            {"step": each["tokens"], name: each["bits_per_byte"]}
+            for name in arms
+            for each in arms[name].get("curve", [])
+        ]
+    for line in lines:
+        steps.setdefault(int(line.pop("step")), {}).update(line)
+    yield from sorted(steps.items())
 
 
 def trials(run_folder: Path) -> list[dict[str, Any]]:

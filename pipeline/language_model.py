@@ -1,5 +1,6 @@
 """Causal language models as folders: read from wherever they are, written so that anything loads them."""
 
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,31 +14,62 @@ def load(
     name: str, setting: str, device: str = "cpu", revision: str | None = None, dtype: str = "float32"
 ) -> tuple[Any, Any]:
     """Tokenizer and model of a Hub name, folder, package:NAME/PATH or .gguf file, in a form that can be trained and
-    saved. A LoRA adapter alone is refused."""
+    saved. A LoRA adapter alone, a model without all its weights, and one that reads ahead are refused."""
     transformers, safetensors = needs("transformers", "torch"), needs("safetensors", "torch")
     check_whole(name, setting)
     where, options = files_of(name, setting, revision)
     try:
+        if "gguf_file" not in options and transformers.AutoConfig.from_pretrained(where, **options).is_encoder_decoder:
+            raise ValueError("it is an encoder-decoder")
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=pick_dtype(dtype, device), **options)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            where, dtype=pick_dtype(dtype, device), output_loading_info=True, **options
+        )
     except (OSError, ValueError, KeyError, ImportError, struct.error, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{setting}: {name} cannot be loaded as a causal language model ({reason})") from None
+        raise UserError(
+            f"{setting}: {name} cannot be loaded as a causal language model ({first_sentence(error)})"
+        ) from None
     if "gguf_file" in options:
         model = unquantised(model)
+    check_causal(model, sorted(found["missing_keys"]), f"{setting}: {name}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, model.to(device)
 
 
+def first_sentence(error: Exception) -> str:
+    """What the library says, as far as it is about this."""
+    return " ".join(str(error).split()).split(". ")[0][:200]
+
+
 def check_whole(name: str, setting: str) -> None:
-    """Refuse a folder that holds what a LoRA training changed, and not the model."""
+    """Refuse a folder that is not there, and one that holds what a LoRA training changed, and not the model."""
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise UserError(
             f"{setting}: {name} is a LoRA adapter, not a whole model; give its base model, or merge the two"
             " (peft's merge_and_unload) and give the merged folder"
         )
+    is_path = name.count("/") > 1 or name.endswith(".gguf")
+    if is_path and not name.startswith("package:") and not folder.exists():
+        raise UserError(f"{setting}: {name} does not exist; give a model folder, a .gguf file or a Hub name")
+
+
+def check_causal(model: Any, missing: list[str], what: str) -> None:
+    """Refuse a model that was not trained to say what comes next: an encoder, or one whose output has no weights."""
+    torch = needs("torch", "torch")
+    if missing:
+        raise UserError(f"{what} is no causal language model: it has no weights for {missing[0]}; take another")
+    with torch.inference_mode():
+        first = model.eval()(input_ids=torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device)).logits[:, 0].float()
+    if not torch.allclose(first[0], first[1], rtol=1e-2, atol=1e-3):
+        raise UserError(f"{what} is no causal language model: what it says depends on what follows; take another")
+
+
+def context(model: Any) -> float:
+    """The most tokens that it reads; infinity where it names no limit."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else math.inf
 
 
 def unquantised(model: Any) -> Any:

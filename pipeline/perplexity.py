@@ -12,7 +12,9 @@ from pipeline.metrics import Interval
 from pipeline.tracking import Step
 
 BATCH_TOKENS = 8192
-"""Tokens of a batch, padding included."""
+"""Tokens of a batch at most, padding included."""
+BATCH_LOGITS = 2**26
+"""Logits of a batch at most: 256 MiB in float32, where one window alone does not have more."""
 
 
 class Predicted(NamedTuple):
@@ -39,12 +41,13 @@ def predict(
     """Read each document in windows of `max_length` tokens, one after the other, each after a token that begins or
     ends a text, so that every token of the document is predicted once."""
     torch = needs("torch", "torch")
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]  # tokenizers take no lone surrogates
     start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
     if start is None:
         raise UserError("perplexity: the tokenizer has neither a begin nor an end token to predict the first one from")
     windows = [
         (document, [start, *ids[begin : begin + max_length - 1]])
-        for document, ids in enumerate(tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
+        for document, ids in enumerate(tokenize(tokenizer, texts))
         for begin in range(0, len(ids), max_length - 1)
     ]
     windows.sort(key=lambda window: -len(window[1]))
@@ -52,21 +55,27 @@ def predict(
     was_training, device = model.training, model.device
     model.eval()
     with torch.inference_mode():
-        for batch in batches(windows):
+        for batch in batches(windows, min(BATCH_TOKENS, BATCH_LOGITS // len(tokenizer))):
             found = read(torch, model, [ids for _, ids in batch], device)
             for (document, ids), each in zip(batch, found, strict=True):
                 nats[document] += each
                 tokens[document] += len(ids) - 1
             step(len(batch))
     model.train(was_training)
-    return Predicted(nats, tokens, np.array([len(text.encode("utf-8", "replace")) for text in texts], dtype=np.int64))
+    return Predicted(nats, tokens, np.array([len(text.encode()) for text in texts], dtype=np.int64))
 
 
-def batches(windows: list[tuple[int, list[int]]]) -> list[list[tuple[int, list[int]]]]:
-    """Windows of falling length, together as long as they fit."""
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text, without those that begin or end it."""
+    found = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return list(found)
+
+
+def batches(windows: list[tuple[int, list[int]]], most: int) -> list[list[tuple[int, list[int]]]]:
+    """Windows of falling length, together as long as they fit into so many tokens; a longer one alone."""
     found: list[list[tuple[int, list[int]]]] = []
     for window in windows:
-        if found and len(found[-1][0][1]) * (len(found[-1]) + 1) <= BATCH_TOKENS:
+        if found and len(found[-1][0][1]) * (len(found[-1]) + 1) <= most:
             found[-1].append(window)
         else:
             found.append([window])
@@ -78,9 +87,14 @@ def read(torch: Any, model: Any, rows: list[list[int]], device: Any) -> list[flo
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return list((loss.double() * mask[:, 1:]).sum(dim=1).tolist())
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    return [row_nats(torch, logits[i], ids[i], len(row)) for i, row in enumerate(rows)]
+
+
+def row_nats(torch: Any, logits: Any, ids: Any, length: int) -> float:
+    """-ln P of all tokens but the first; row by row, as in float32 the logits of a batch take much memory."""
+    loss = torch.nn.functional.cross_entropy(logits[: length - 1].float(), ids[1:length], reduction="none")
+    return float(loss.double().sum())
 
 
 def gain_interval(

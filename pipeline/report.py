@@ -1,7 +1,7 @@
 """The run as one HTML page that needs nothing else: no network, no other file."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from itertools import chain
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import charts, corpus, examples, shortcuts, summary, tried, tune_charts, verdict
+from pipeline import charts, corpus, examples, shortcuts, summary, training_page, tried, tune_charts, verdict
 from pipeline.config import Recipe, digest, load_recipe, to_yaml
 from pipeline.errors import SettingsError, needs
 from pipeline.examples import Looked, Row
@@ -21,6 +21,7 @@ from pipeline.tracking import Result, Stage, dump, read_json, read_metrics, stag
 log = logging.getLogger("gristmill")
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
+TRAINING_TEMPLATE = Path(__file__).with_name("report_training.jinja")
 STAGES = {
     "plan": "gristmill plan",
     "tune": "gristmill tune",
@@ -33,8 +34,21 @@ STAGES = {
     "audit": "gristmill audit",
     "filter": "gristmill filter",
     "export": "gristmill export",
+    "prepare": "gristmill align prepare",
+    "expand/actor": "gristmill align expand actor",
+    "expand/prompts": "gristmill align expand prompts",
+    "expand/reward": "gristmill align expand reward",
+    "actor": "gristmill align actor",
+    "reward": "gristmill align reward",
+    "rl": "gristmill align rl",
+    "finetune": "gristmill finetune",
+    "prove": "gristmill prove",
 }
 """Stages in the order of the page, and the command that makes each."""
+ALIGNED = {"rate": "gristmill align rate", "train": "gristmill align reward"}
+"""Commands of stages that replies go through too."""
+CORPUS = ("score", "cuts", "audit", "filter", "export")
+"""Stages about a scored corpus."""
 LINKS = (
     "tune/best.yaml",
     "tune/trials.jsonl",
@@ -48,6 +62,16 @@ LINKS = (
     "filter/kept",
     "filter/dropped",
     "export",
+    "prove/prove.png",
+    "finetune/model",
+    "finetune/continuations.json",
+    "prepare",
+    "expand",
+    "actor/model",
+    "reward/model",
+    "rl/model",
+    "rl/replies.parquet",
+    "rl/conversations.jsonl",
     "metrics.jsonl",
     "run.log",
 )
@@ -55,6 +79,9 @@ CHARACTERS = 3000
 """Characters shown of a document or an answer."""
 GIST = 160
 """Characters of the line that stands for a folded document."""
+
+MANY_TIMES = ("tune", *summary.TRAININGS)
+"""Stages that read a document more than once, so that documents a second say nothing."""
 
 Values = dict[str, Any]
 
@@ -119,7 +146,7 @@ def inputs(made_with: Recipe, states: dict[str, Values]) -> Values:
     return {
         "stages": {name: digest(values) for name, values in states.items()},
         "recipe": digest(to_yaml(made_with)),
-        "template": digest(TEMPLATE.read_text(encoding="utf-8")),
+        "template": digest([path.read_text(encoding="utf-8") for path in (TEMPLATE, TRAINING_TEMPLATE)]),
     }
 
 
@@ -186,11 +213,13 @@ def content(
         "recipe": recipe,
         "settings": to_yaml(recipe),
         "verdict": verdict.verdict(results),
-        "stages": [stage_line(name, values) for name, values in states.items()],
+        "stages": [stage_line(name, commands(states)[name], values) for name, values in states.items()],
         "states": states,
-        "commands": {name: f"{command} {recipe_of(folder)}" for name, command in STAGES.items()},
+        "commands": {name: f"{command} {recipe_of(folder)}" for name, command in commands(states).items()},
+        **sections(states),
         **results,
         "tuning": tune_charts.page(folder, results.get("tune", {})),
+        "training": training_page.page(folder, results),
         "further": summary.further({"run_folder": folder, "tune": states["tune"]}),
         "answers": answers(recipe),
         "targets": [target(name, each) for name, each in (results.get("train", {}).get("targets") or {}).items()],
@@ -205,13 +234,35 @@ def content(
     }
 
 
+def begun(states: dict[str, Values], names: Iterable[str]) -> bool:
+    """Whether one of some stages has been begun."""
+    return any(states[name]["state"] != "not begun" for name in names)
+
+
+def commands(states: dict[str, Values]) -> dict[str, str]:
+    """The command of each stage, that of `align` where replies are rated."""
+    return STAGES | (ALIGNED if begun(states, summary.ALIGNMENT) and not begun(states, CORPUS) else {})
+
+
+def sections(states: dict[str, Values]) -> Values:
+    """Which sections stand in the page: where language models were trained, only those of what was begun."""
+    all_of_them = not begun(states, summary.TRAININGS)
+    shown = {"ratings": ("rate",), "student": ("train",), "corpus": CORPUS}
+    expected = ("rate", "train", "score", "filter") if all_of_them else ()
+    return {
+        "shown": {name: all_of_them or begun(states, stages) for name, stages in shown.items()},
+        "expected": expected,
+        "aligned": begun(states, summary.ALIGNMENT),
+    }
+
+
 def recipe_of(folder: Path) -> str:
     """The resolved recipe that the run's last stage left, to go on with."""
     there = [path for name in STAGES if (path := folder / name / "recipe.yaml").exists()]
     return str(there[-1]) if there else "RECIPE"
 
 
-def stage_line(name: str, values: Values) -> Values:
+def stage_line(name: str, command: str, values: Values) -> Values:
     """A stage in the table of stages."""
     is_done = values["state"] == "done"
     n, seconds = (summary.documents(values) or None, values.get("seconds")) if is_done else (None, None)
@@ -220,13 +271,12 @@ def stage_line(name: str, values: Values) -> Values:
     )
     return {
         "name": name,
-        "command": STAGES[name],
+        "command": command,
         "state": values["state"],
         "begun": begun,
         "documents": n,
         "seconds": seconds,
-        # tune asks about each document many times
-        "speed": values.get("docs_per_s", n / seconds if n and seconds and name != "tune" else None),
+        "speed": values.get("docs_per_s", n / seconds if n and seconds and name not in MANY_TIMES else None),
         "usd": values.get("usd"),
     }
 
@@ -282,9 +332,9 @@ def told(tell: Callable[[Any], str]) -> Callable[[Any], str]:
     return lambda value: tell(value) if known(value) else "–"
 
 
-def ranged(value: Any, interval: Any = None) -> str:
+def ranged(value: Any, interval: Any = None, digits: int = 2) -> str:
     """0.81 [0.76, 0.85]."""
-    return verdict.ranged(value, interval or None) if known(value) else "–"
+    return verdict.ranged(value, interval or None, digits) if known(value) else "–"
 
 
 def speed(value: float) -> str:
@@ -327,6 +377,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "hours": told(summary.duration),
     "ranged": ranged,
     "gist": gist,
+    "sentence": lambda text: f"{text.rstrip('.')}." if text else "",
     "words": tried.words,
     "shade": shade,
     "beginning": lambda text: beginning(text or "", CHARACTERS),

@@ -8,13 +8,15 @@ from pipeline.models import pick_device
 from pipeline.training import Job
 
 TEXTS = {"packing": True, "packing_strategy": "wrapped", "max_length": 512, "learning_rate": 5e-5}
-"""Arguments of SFTConfig for texts: rows follow one another in blocks of equal length."""
+"""Arguments of SFTConfig for texts: rows follow one another in blocks of equal length, so that nothing of a longer one
+is left out; with packing: false each row is a block, and its end is cut off."""
 REPLIES = {"packing": False, "max_length": 1024, "learning_rate": 2e-5}
 """The same for replies."""
 
 
 def train(job: Job) -> None:
-    """Rows are texts (column `text`), or replies (`user_input`, `completion`)."""
+    """Rows are texts (column `text`), or replies (`user_input`, `completion`). The loss on rows held out is looked at
+    before and after each epoch where args.eval_strategy does not say when."""
     trl, datasets = needs("trl", "finetune"), needs("datasets", "datasets")
     tokenizer, model = language_model.load(job.model, f"{job.section}.model", pick_device(job.device), job.revision)
     parts = {
@@ -23,7 +25,10 @@ def train(job: Job) -> None:
         if path
     }
     has_replies = "completion" in parts["rows"].column_names
-    settings = training.arguments(trl.SFTConfig, job, REPLIES if has_replies else TEXTS)
+    looks = {"eval_strategy": "epoch", "eval_on_start": True} if job.held_out else {}
+    settings = training.arguments(trl.SFTConfig, job, (REPLIES if has_replies else TEXTS) | looks)
+    if settings.max_length is not None:
+        check_context(settings.max_length, model, job.section)
     if has_replies:
         training.check_chat_template(tokenizer, f"{job.section}.model", job.model)
         parts = {name: conversations(part) for name, part in parts.items()}
@@ -41,6 +46,20 @@ def train(job: Job) -> None:
             f" {job.section}.args.max_length, or give more text"
         )
     training.work(trainer, job, tokenizer)
+
+
+def block(model: Any, args: dict[str, Any], section: str) -> int:
+    """Tokens of a block of texts."""
+    length = args.get("max_length", TEXTS["max_length"]) or min(1024, language_model.context(model))
+    check_context(int(length), model, section)
+    return int(length)
+
+
+def check_context(length: int, model: Any, section: str) -> None:
+    """Refuse blocks that the model cannot read."""
+    if length > language_model.context(model):
+        most = language_model.context(model)
+        raise UserError(f"{section}.args.max_length: {length} is more than the {most} tokens that the model reads")
 
 
 def conversations(rows: Any) -> Any:

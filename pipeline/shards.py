@@ -24,6 +24,7 @@ SUFFIXES = {
     ".arrow": "arrow",
     ".feather": "arrow",
     **{stem + pack: "jsonl" for stem in (".jsonl", ".ndjson", ".json") for pack in ("", ".gz", ".zst")},
+    **{".txt" + pack: "text" for pack in ("", ".gz", ".zst")},
 }
 NOTES = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 """Files of `datasets` that lie beside the data."""
@@ -76,7 +77,9 @@ def find_shards(corpus: Corpus) -> list[Shard]:
     if looks_like_hub_name(corpus.path):
         check_no_local_folder(corpus.path)
         return hub_shards(corpus)
-    raise UserError(f"corpus.path: {corpus.path} does not exist; give a parquet or JSONL file or a folder of them")
+    raise UserError(
+        f"corpus.path: {corpus.path} does not exist; give a parquet, JSONL or text file or a folder of them"
+    )
 
 
 def data_files(fs: Any, root: str, corpus: Corpus) -> tuple[list[str] | None, str]:
@@ -122,10 +125,12 @@ def visible(files: list[str], base: str) -> list[str]:
 
 
 def name_shards(fs: Any, files: list[str], base: str, path: str) -> list[Shard]:
-    """Shards with output names relative to `base`, one format, no name twice."""
-    known = [file for file in files if format_of(file)]
+    """Shards with output names relative to `base`, one format, no name twice; beside data, plain text is no part of
+    it (README.txt, LICENSE.txt)."""
+    readable = [file for file in files if format_of(file)]
+    known = [file for file in readable if format_of(file) != "text"] or readable
     if not known:
-        raise UserError(f"corpus.path: {path} holds no parquet, JSONL or Arrow file")
+        raise UserError(f"corpus.path: {path} holds no parquet, JSONL, Arrow or text file")
     formats = {format_of(file): "*" + suffix_of(file) for file in known}
     if len(formats) > 1:
         mixed = " and ".join(sorted(formats))

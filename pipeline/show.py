@@ -24,11 +24,30 @@ from pipeline.storage import atomic
 if TYPE_CHECKING:
     from pipeline.cli import Selection
 
-FILES = ("rate/ratings.parquet", "label/labels.parquet", "ratings.parquet", "labels.parquet")
+FILES = (
+    "rate/ratings.parquet",
+    "label/labels.parquet",
+    "ratings.parquet",
+    "labels.parquet",
+    "replies.parquet",
+    "rl/replies.parquet",
+)
 """What is shown of a run folder, or of a stage's."""
 RATINGS = {"id", "text", "score", "reason", "spread", "stratum", "group", "round", "gold", "opinions"}
 LABELS = {"id", "text", "reason", "unknown", "answer", "stratum"}
-"""Columns that tell the two kinds of file."""
+REPLIES = {"user_input", "before", "after", "teacher_before", "teacher_after", "reward_before", "reward_after"}
+"""Columns that tell the three kinds of file."""
+SIDE = {"prompt": pa.string(), "score": pa.float64(), "reason": pa.string(), "answer": pa.string()}
+PAIR = pa.schema(
+    {
+        **dict.fromkeys(("id", "text"), pa.string()),
+        **dict.fromkeys(("score", "gain"), pa.float64()),
+        "reason": pa.string(),
+        "spread": pa.float64(),
+        "opinions": pa.list_(pa.struct({**SIDE, "attributes": pa.map_(pa.string(), pa.float64())})),
+    }
+)
+"""Reply pairs as they are shown."""
 LIGHT = ("text", "score", "reason", "spread")
 """Columns that documents are chosen and ordered by."""
 HOSTILE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -45,6 +64,8 @@ Row = dict[str, Any]
 def run(path: Path, selection: "Selection") -> None:
     """Show a selection of the documents: in a pager on a terminal, else as text or JSON lines; or export it."""
     table = load(find(path))
+    if selection.export and "gain" in table.schema.names:
+        raise UserError("--open: replies are no documents to be rated; give the run's rate folder")
     check(table, selection)
     chosen = choose(table, selection)
     if selection.export:
@@ -82,7 +103,7 @@ def find(path: Path) -> Path:
         return path
     found = [path / name for name in FILES if (path / name).is_file()]
     if not found:
-        what = "holds neither ratings nor labels" if path.exists() else "does not exist"
+        what = "holds neither ratings nor labels nor replies" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}; give a run folder, or its rate/ratings.parquet or label/labels.parquet")
     return found[0]
 
@@ -94,6 +115,8 @@ def load(path: Path) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as parquet ({first_line(error)}); make it again") from None
     names = set(table.schema.names)
+    if names >= REPLIES:
+        return with_opinions(table)
     if names >= RATINGS or names >= LABELS:
         return table
     if names >= {"id", "text", "score", "reason"}:
@@ -102,6 +125,36 @@ def load(path: Path) -> pa.Table:
         )
     there = ", ".join(table.schema.names) or "none"
     raise UserError(f"{path} holds neither ratings nor labels; its columns are: {clean(there)}")
+
+
+def with_opinions(table: pa.Table) -> pa.Table:
+    """Reply pairs as ratings: the prompt is the text, its score the teacher's of the reply after, and the replies are
+    two opinions."""
+    return pa.Table.from_pylist([reply_pair(number, row) for number, row in enumerate(table.to_pylist())], PAIR)
+
+
+def reply_pair(number: int, row: Row) -> Row:
+    """One of them."""
+    before, after = row["teacher_before"], row["teacher_after"]
+    gain = None if before is None or after is None else after - before
+    return {
+        "id": str(number),
+        "text": row["user_input"],
+        "score": after,
+        "gain": gain,
+        "reason": "unscored" if after is None else None,
+        "spread": None if gain is None else abs(gain),
+        "opinions": [
+            {
+                "prompt": side,
+                "score": row[f"teacher_{side}"],
+                "reason": "unscored" if row[f"teacher_{side}"] is None else None,
+                "attributes": {} if row[f"reward_{side}"] is None else {"reward": row[f"reward_{side}"]},
+                "answer": row[side],
+            }
+            for side in ("before", "after")
+        ],
+    }
 
 
 # -- the selection ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import tried
+from pipeline import training, tried
+from pipeline import training_summary as trained
 from pipeline.errors import UserError
 from pipeline.pictures import short
 from pipeline.teacher import AnswerStore
@@ -20,6 +21,10 @@ Values = dict[str, Any]
 COMMONEST = 5
 """Labels that are named."""
 PARTS = ("n_train", "n_validation", "n_test")
+EXPANSIONS = ("expand/actor", "expand/prompts", "expand/reward")
+ALIGNMENT = ("prepare", *EXPANSIONS, "actor", "reward", "rl")
+TRAININGS = (*ALIGNMENT, "finetune", "prove")
+"""Stages that train language models, or make what these learn from; a run folder may hold nothing else."""
 
 
 def show(values: Values) -> None:
@@ -451,6 +456,15 @@ TELL = {
     "audit": tell_audit,
     "filter": tell_filter,
     "export": tell_export,
+    "prepare": trained.tell_counts,
+    "expand": trained.tell_counts,
+    **dict.fromkeys(EXPANSIONS, trained.tell_counts),
+    "actor": trained.tell_actor,
+    "rate_replies": tell_rate,
+    "reward": trained.tell_reward,
+    "rl": trained.tell_rl,
+    "finetune": trained.tell_finetune,
+    "prove": trained.tell_prove,
     "report": tell_report,
 }
 
@@ -467,10 +481,12 @@ def figure(value: float | None) -> str:
 
 def status(run_folder: Path, stages: Sequence[str]) -> Values:
     """The state of each of these stages, and of others that the folder holds: done, begun (with what is there) or not
-    begun."""
+    begun. Where language models were trained, only of what the folder holds."""
     if not run_folder.is_dir():
         raise UserError(f"{run_folder} is no folder; give the run folder of a recipe")
-    states = {name: state(run_folder / name) for name in TELL if name in stages or (run_folder / name).is_dir()}
+    there = [name for name in TELL if state(run_folder / name)["state"] != "not begun"]
+    expected = () if set(there) & set(TRAININGS) else stages
+    states = {name: state(run_folder / name) for name in TELL if name in expected or name in there}
     return {"run_folder": str(run_folder), **states}
 
 
@@ -485,6 +501,10 @@ def state(folder: Path) -> Values:
     if (folder / "answers.sqlite").exists():
         with AnswerStore(folder / "answers.sqlite") as store:
             begun["n_answers"] = len(store)
+    if curve := training.read_curve(folder):
+        begun["n_steps"] = curve[-1]["step"]
+    if (folder / "trainings").is_dir():
+        begun["n_trainings_done"] = sum(1 for _ in (folder / "trainings").glob("*/predicted.parquet"))
     if (folder / "trials.jsonl").exists():
         begun["n_trials"] = sum(trial.number != tried.DEFAULTS for trial in tried.read(folder.parent))
     if (folder / "scored").is_dir():

@@ -221,16 +221,20 @@ def flatten(values: dict[str, Any], prefix: str = "", numbers_only: bool = False
 
 @contextmanager
 def progress(
-    name: str, total: int | None, beside: Callable[[float], str] = lambda _: "", unit: str = "documents"
+    name: str,
+    total: int | None,
+    beside: Callable[[float], str] = lambda _: "",
+    unit: str = "documents",
+    already: int = 0,
 ) -> Iterator[Step]:
     """Counts documents, or another unit: a bar with docs/s and time left on a terminal, a line every 15 s elsewhere;
-    `beside` adds to it, given the seconds so far."""
+    `beside` adds to it, given the seconds so far. What was `already` done before is no part of the speed."""
     if sys.stderr.isatty():
-        with progress_bar(name, total, beside, unit) as step:
+        with progress_bar(name, total, beside, unit, already) as step:
             yield step
         return
     begin = said = time.perf_counter()
-    done = 0
+    done = already
 
     def advance(n: int) -> None:
         nonlocal done, said
@@ -238,7 +242,7 @@ def progress(
         now = time.perf_counter()
         if now - said >= EVERY_S:
             said = now
-            log.info("%s: %s", name, pace(done, total, now - begin, beside(now - begin), unit))
+            log.info("%s: %s", name, pace(done, total, now - begin, beside(now - begin), unit, already))
 
     yield advance
 
@@ -247,36 +251,68 @@ EVERY_S = 15
 """Seconds between lines of progress."""
 SHORT = {"documents": "docs"}
 """Units by what they are called in a speed."""
+SLOW = 0.1
+"""Units a second below which seconds for each are told."""
 
 
-def pace(done: int, total: int | None, seconds: float, beside: str = "", unit: str = "documents") -> str:
+def pace(
+    done: int, total: int | None, seconds: float, beside: str = "", unit: str = "documents", already: int = 0
+) -> str:
     """How far and how fast, in words."""
-    speed = done / max(seconds, 1e-9)
-    told = [f"{done}{f' of {total}' if total else ''} {unit}", f"{speed:.1f} {SHORT.get(unit, unit)}/s", beside]
-    left = f"{(total - done) / max(speed, 1e-9):.0f} s left" if total else ""
+    speed = (done - already) / max(seconds, 1e-9)
+    told = [f"{done}{f' of {total}' if total else ''} {unit}", how_fast(speed, unit), beside]
+    left = f"{(total - done) / speed:.0f} s left" if total and speed else ""
     return ", ".join(filter(None, [*told, left]))
 
 
+def how_fast(speed: float, unit: str) -> str:
+    """So many a second, or so many seconds for each where that is a number one can picture."""
+    return f"{1 / speed:.0f} s each" if 0 < speed < SLOW else f"{speed:.1f} {SHORT.get(unit, unit)}/s"
+
+
 @contextmanager
-def progress_bar(name: str, total: int | None, beside: Callable[[float], str], unit: str) -> Iterator[Step]:
-    """A bar on the terminal."""
+def progress_bar(
+    name: str, total: int | None, beside: Callable[[float], str], unit: str, already: int
+) -> Iterator[Step]:
+    """A bar on the terminal, below the one of the work that it is part of."""
+    begin = time.perf_counter()
+    with bars() as shown:
+        counted = f"/{total} {unit}" if total else f" {unit}"
+        task = shown.add_task(name, total=total, completed=already, counted=counted, speed="")
+        done = already
+
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            seconds = max(time.perf_counter() - begin, 1e-9)
+            told = ", ".join(filter(None, [how_fast((done - already) / seconds, unit), beside(seconds)]))
+            shown.update(task, advance=n, speed=told)
+
+        try:
+            yield advance
+        finally:
+            if len(shown.tasks) > 1:
+                shown.remove_task(task)
+
+
+SHOWN: list[Any] = []
+"""The bars on the terminal, while there are some: it holds one such display at a time."""
+
+
+@contextmanager
+def bars() -> Iterator[Any]:
+    """What bars stand in: those of the work around, or else a display of their own."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} " + unit),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-    )
-    begin = time.perf_counter()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(name, total=total, speed="")
-
-        def advance(n: int) -> None:
-            done, seconds = bar.tasks[0].completed + n, max(time.perf_counter() - begin, 1e-9)
-            told = ", ".join(filter(None, [f"{done / seconds:.1f} {SHORT.get(unit, unit)}/s", beside(seconds)]))
-            bar.update(task, advance=n, speed=told)
-
-        yield advance
+    if SHOWN:
+        yield SHOWN[0]
+        return
+    counted = TextColumn("{task.completed}{task.fields[counted]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), counted, TextColumn("{task.fields[speed]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as shown:
+        SHOWN.append(shown)
+        try:
+            yield shown
+        finally:
+            SHOWN.clear()

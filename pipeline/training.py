@@ -9,9 +9,10 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,8 @@ from pipeline.tracking import Step, progress, read_json
 
 CURVE, MODEL, CHECKPOINTS = "curve.jsonl", "model", "checkpoints"
 """What a training leaves in its folder: a line for each time it logged, the whole model, and where it can go on."""
+CACHE = "cache"
+"""Rows as `datasets` keeps them while a training is at work."""
 
 TRAINERS = {
     "sft": "pipeline.sft",
@@ -80,7 +83,8 @@ def run(job: Job, launch: Path | None = None) -> Path:
         train(job)
     else:
         launched(job, launch)
-    shutil.rmtree(job.folder / CHECKPOINTS, ignore_errors=True)
+    for name in (CHECKPOINTS, CACHE):
+        shutil.rmtree(job.folder / name, ignore_errors=True)
     return job.folder / MODEL
 
 
@@ -194,14 +198,20 @@ def work(trainer: Any, job: Job, tokenizer: Any) -> None:
     for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(callback)
     begun = last_checkpoint(job.folder / CHECKPOINTS)
-    trainer.add_callback(watcher(job, begun))
-    trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+    watching = watcher(job, begun)
+    trainer.add_callback(watching)
+    with watching.shown, suppress(AtItsEnd):
+        trainer.train(resume_from_checkpoint=str(begun) if begun else None)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trainer.save_model(str(job.folder / MODEL))  # weights lie in pieces; only the trainer can gather them
     elif trainer.is_world_process_zero():
         language_model.save(job.folder / MODEL, tokenizer, merged(model))
     trainer.accelerator.wait_for_everyone()
+
+
+class AtItsEnd(Exception):
+    """The checkpoint that a training goes on from is its last: Transformers would take one step more."""
 
 
 def merged(model: Any) -> Any:
@@ -247,15 +257,22 @@ def watcher(job: Job, begun: Path | None) -> Any:
             self.step: Step = lambda _: None
             at = (read_json(begun / "trainer_state.json") or {})["global_step"] if begun else 0
             self.lines = [line for line in read_curve(job.folder) if line["step"] <= at]
+            last: dict[str, Any] = next((line for line in reversed(self.lines) if "loss" in line), {})
+            self.before = {name: last.get(name, 0) for name in ("num_tokens", "seconds")}
+            self.began = time.perf_counter()
 
         def on_train_begin(self, _: Any, state: Any, __: Any, **___: Any) -> None:
+            self.began = time.perf_counter()
             if state.is_world_process_zero:
-                bar = progress(job.section, state.max_steps, self.told, "steps")
+                bar = progress(job.section, state.max_steps, self.told, "steps", state.global_step)
                 self.step = self.shown.enter_context(bar)
-                self.step(state.global_step)
 
         def told(self, _: float) -> str:
             return "" if math.isnan(self.loss) else f"loss {self.loss:.3f}"
+
+        def on_step_begin(self, _: Any, state: Any, __: Any, **___: Any) -> None:
+            if state.global_step >= state.max_steps:
+                raise AtItsEnd
 
         def on_step_end(self, _: Any, __: Any, ___: Any, **____: Any) -> None:
             self.step(1)
@@ -264,6 +281,8 @@ def watcher(job: Job, begun: Path | None) -> Any:
             if not state.is_world_process_zero:
                 return
             numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+            numbers["seconds"] = round(time.perf_counter() - self.began, 3)
+            numbers |= {name: numbers[name] + past for name, past in self.before.items() if name in numbers}
             self.lines.append({"step": state.global_step, **numbers})
             text = "".join(json.dumps(line) + "\n" for line in self.lines)
             write_text(job.folder / CURVE, text)

@@ -7,21 +7,41 @@ Values = dict[str, Any]
 
 
 def verdict(results: dict[str, Values]) -> dict[str, list[str]]:
-    """Sentences on tuning, on the teacher, on the student beside it, and on what is kept."""
+    """Sentences on models that learned from what was kept, on tuning, on the teacher, on the student beside it, and on
+    what is kept."""
     learned = target_of(results.get("train", {}))
+    aligned = any(results.get(name) for name in ("actor", "reward", "rl"))
     told = {
-        "tuning": [*of_tuning(results.get("tune", {}))],
-        "teacher": [*of_teacher(results.get("rate", {}))],
-        "student": [*of_student(learned), *of_kept_class(learned), *of_more_ratings(learned)],
+        "proof": [*of_sentence(results.get("prove", {}))],
+        "fine-tuning": [*of_sentence(results.get("finetune", {}))],
+        "alignment": [*of_alignment(results.get("rl", {})), *of_preferences(results.get("reward", {}))],
+        "tuning": [*of_sentence(results.get("tune", {}))],
+        "teacher": [*of_teacher(results.get("rate", {}), "replies" if aligned else "documents")],
+        "student": [*of_student(learned), *([] if aligned else of_kept_class(learned)), *of_more_ratings(learned)],
         "kept": [*of_filter(results.get("filter", {})), *of_audit(results.get("audit", {}))],
     }
     return {name: sentences for name, sentences in told.items() if sentences}
 
 
-def of_tuning(tuned: Values) -> Iterator[str]:
-    """Whether what the search found is better than the defaults."""
-    if tuned.get("sentence"):
-        yield f"{str(tuned['sentence']).rstrip('.')}."
+def of_sentence(result: Values) -> Iterator[str]:
+    """What a stage says itself: whether something is better than what it was compared with."""
+    if result.get("sentence"):
+        yield f"{str(result['sentence']).rstrip('.')}."
+
+
+def of_alignment(rl: Values) -> Iterator[str]:
+    """What the teacher says of the replies, and whether the reward alone is pleased."""
+    yield from of_sentence(rl)
+    if rl.get("warning"):
+        yield f"{str(rl['warning']).rstrip('.')}."
+
+
+def of_preferences(reward: Values) -> Iterator[str]:
+    """Whether the reward prefers what people prefer."""
+    found = reward.get("preferences") or {}
+    if found.get("accuracy") is not None:
+        share = percent(found["accuracy"], found.get("interval"))
+        yield f"The reward prefers the reply that people prefer in {share} of {found.get('n', 0):,} pairs."
 
 
 def target_of(train: Values) -> Values:
@@ -30,18 +50,18 @@ def target_of(train: Values) -> Values:
     return targets.get("score") or next(iter(targets.values()), {})
 
 
-def of_teacher(rate: Values) -> Iterator[str]:
+def of_teacher(rate: Values, kind: str = "documents") -> Iterator[str]:
     """How much was rated, and how good that is as far as anything tells."""
     if not rate:
         return
     n, of = rate.get("n_scored", 0), rate.get("n_sampled", 0)
-    yield f"The teacher gave {n:,} of {of:,} documents a score" + (
+    yield f"The teacher gave {n:,} of {of:,} {kind} a score" + (
         f"; {of - n:,} have none, with the reason beside them." if of > n else "."
     )
     for found, who in ((rate.get("human"), "people"), (rate.get("gold"), "the known quality")):
         if found and found.get("n"):
             yield f"Against {who} it has {agreement(found)}, on {found['n']:,} documents."
-    if not rate.get("human") and not rate.get("gold"):
+    if kind == "documents" and not rate.get("human") and not rate.get("gold"):
         yield "How good the teacher itself is, nothing here tells: give human scores (rate.gold) to find out."
 
 
@@ -137,8 +157,8 @@ def percent(share: float | None, interval: Any = None) -> str:
     return f"{share:.0%}" + (f" [{interval[0]:.0%}, {interval[1]:.0%}]" if interval else "")
 
 
-def ranged(value: float | None, interval: Any = None) -> str:
+def ranged(value: float | None, interval: Any = None, digits: int = 2) -> str:
     """0.81 [0.76, 0.85]; only the figure where there is no interval."""
     if value is None:
         return "not defined"
-    return f"{value:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+    return f"{value:.{digits}f}" + (f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else "")

@@ -5,7 +5,8 @@
 Prose (docstrings, Python's topics, READMEs) beside junk (licences, listings, metadata,
 changelogs, option dumps, tables, logs), taken from this interpreter's standard library and
 site-packages. Packages are read as files and never imported. One environment and one seed
-give the same shards byte for byte.
+give the same shards byte for byte. Beside the folder goes another, data/demo-trusted: prose of
+packages of which none is in the corpus, for gristmill prove to judge by.
 """
 
 import argparse
@@ -35,6 +36,7 @@ N_SHARDS = 8
 DOCSTRING_MIN_CHARS = 400
 DOCSTRINGS_PER_PACKAGE = 350
 N_DOCSTRINGS = 3_500
+N_TRUSTED = 300
 N_LICENCE_HEADERS = 150
 PIECES_PER_SOURCE = 40
 LINES_PER_PIECE = (60, 100)
@@ -94,7 +96,8 @@ def main() -> int:
     """Collect, check that there is enough, write the shards, say what they hold."""
     args = arguments()
     warnings.simplefilter("ignore", SyntaxWarning)  # other people's escape sequences
-    rows = collect(Library(sources(), args.seed))
+    library = Library(sources(), args.seed)
+    rows = collect(library)
     if len(rows) < MIN_DOCUMENTS:
         print(
             f"demo corpus: found {len(rows):,} documents in this environment, need "
@@ -102,7 +105,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    write_shards(rows, args.folder)
+    write_shards(rows, args.folder, N_SHARDS)
+    write_shards(trusted(library, rows), args.folder.with_name(f"{args.folder.name}-trusted"), 1)
     print_counts(rows, args.folder)
     return 0
 
@@ -140,6 +144,14 @@ def collect(library: Library) -> list[dict[str, object]]:
             row = row_of(kind, prose, found)
             rows.setdefault(str(row["id"]), row)
     return [rows[name] for name in sorted(rows, key=lambda name: lot(library.seed, name))]
+
+
+def trusted(library: Library, rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Docstrings of packages of which no prose is among the rows."""
+    known = {row["meta"]["package"] for row in rows if row["prose"]}  # type: ignore[index]
+    files = [source for source in matching(library, r".*\.py") if source.package not in known]
+    found = (each for source in files for each in module_docstrings(source))
+    return [row_of("docstring", True, each) for each in pick(fresh(found, set()), N_TRUSTED, library.seed)]
 
 
 def fresh(found: Iterator[Found], seen: set[bytes]) -> Iterator[Found]:
@@ -424,13 +436,13 @@ KINDS: dict[str, tuple[Finder, bool, int]] = {
 # Writing
 
 
-def write_shards(rows: list[dict[str, object]], folder: Path) -> None:
-    """Every eighth row to each shard; a shard appears under its name when it is complete."""
+def write_shards(rows: list[dict[str, object]], folder: Path, n_shards: int) -> None:
+    """The rows in turn to each shard; a shard appears under its name when it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i in range(N_SHARDS):
+    for i in range(n_shards):
         part = folder / f"part-{i:05d}.parquet"
         unfinished = part.with_suffix(".parquet.tmp")
-        table = pa.Table.from_pylist(rows[i::N_SHARDS], schema=SCHEMA)
+        table = pa.Table.from_pylist(rows[i::n_shards], schema=SCHEMA)
         pq.write_table(table, unfinished, compression="zstd")
         unfinished.replace(part)
 

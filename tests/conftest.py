@@ -177,6 +177,27 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_align(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What scripts/align_tiny.py makes (model, actor.json, prompts.json), and `actor`, the model taught to reply."""
+    import runpy
+
+    from pipeline import training
+
+    folder = tmp_path_factory.mktemp("align-tiny")
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "align_tiny.py"))
+    script["make"](folder, seed=0)
+    rows = json.loads((folder / "actor.json").read_text(encoding="utf-8"))
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    args = {"max_steps": 120, "learning_rate": 3e-3, "per_device_train_batch_size": 16, "max_length": 64}
+    given = {"trainer": "sft", "section": "actor", "model": str(folder / "model"), "device": "cpu", "args": args}
+    made = training.run(
+        training.Job.model_validate({**given, "rows": folder / "rows.parquet", "folder": folder / "sft"})
+    )
+    made.rename(folder / "actor")
+    return folder
+
+
 @pytest.fixture
 def recipe_file(tmp_path: Path, corpus_folder: Path, tiny_causal: Path, tiny_encoder: Path) -> Path:
     """A recipe of the four stages on small models; JSON is YAML."""

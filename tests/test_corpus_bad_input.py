@@ -90,7 +90,7 @@ def test_no_path_says_which_setting_to_give() -> None:
 def test_a_missing_path_is_named(path: str) -> None:
     line = listing(at(path))
     assert f"corpus.path: {path} does not exist" in line
-    assert "give a parquet or JSONL file" in line
+    assert "give a parquet, JSONL or text file" in line
 
 
 def test_a_missing_path_that_could_be_a_hub_name_says_that_it_is_neither() -> None:
@@ -100,10 +100,10 @@ def test_a_missing_path_that_could_be_a_hub_name_says_that_it_is_neither() -> No
 
 
 def test_an_empty_folder_and_one_without_documents_are_refused(tmp_path: Path) -> None:
-    assert f"{tmp_path} holds no parquet, JSONL or Arrow file" in listing(at(tmp_path))
-    (tmp_path / "readme.txt").write_text("x")
+    assert f"{tmp_path} holds no parquet, JSONL, Arrow or text file" in listing(at(tmp_path))
+    (tmp_path / "readme.md").write_text("x")
     assert "holds no parquet" in listing(at(tmp_path))
-    assert "holds no parquet" in listing(at(tmp_path / "readme.txt"))
+    assert "holds no parquet" in listing(at(tmp_path / "readme.md"))
     assert "holds no parquet" in listing(at(tmp_path / "*.jsonl"))
 
 
@@ -525,4 +525,4 @@ def test_a_folder_without_permission_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["./nodir", "../nodir", "/nodir", "nodir/", ".hidden/x"])
 def test_a_path_that_is_plainly_local_is_never_looked_for_on_the_hub(path: str) -> None:
     line = listing(Corpus(path=path))
-    assert line == f"corpus.path: {path} does not exist; give a parquet or JSONL file or a folder of them"
+    assert line == f"corpus.path: {path} does not exist; give a parquet, JSONL or text file or a folder of them"

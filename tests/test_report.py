@@ -204,7 +204,7 @@ def test_a_stage_at_work_says_how_far_it_is(half: Path):
 
 def test_results_with_nothing_in_them_are_still_a_page(tmp_path: Path):
     for name in report.STAGES:
-        (tmp_path / name).mkdir()
+        (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "result.json").write_text('{"seconds": 1.5}')
     result, page = drawn(tmp_path)
     assert page.open == [] and set(result.states.values()) == {"done"}

@@ -251,7 +251,7 @@ def test_labels_have_no_scores_to_choose_by(
 
 def test_a_bad_path_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "absent does not exist; give a run folder" in refused(capsys, tmp_path / "absent")
-    assert "holds neither ratings nor labels; give a run folder" in refused(capsys, tmp_path)
+    assert "holds neither ratings nor labels nor replies; give a run folder" in refused(capsys, tmp_path)
     (tmp_path / "a.parquet").write_text("no parquet")
     assert "a.parquet cannot be read as parquet" in refused(capsys, tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": ["a"], "ur\x1bl": ["b"]}), tmp_path / "a.parquet")

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import config, dashboards, tracking
+from pipeline import cli, config, dashboards, tracking
 from pipeline.config import Recipe
 from pipeline.errors import UserError
 from pipeline.tracking import Result, stage
@@ -217,6 +217,12 @@ def test_pace_is_told_in_words(total: int | None, beside: str, told: str):
     assert tracking.pace(30, total, 3, beside) == told
 
 
+def test_slow_steps_are_told_in_seconds_and_those_done_before_are_no_part_of_the_speed():
+    assert tracking.pace(5, 10, 100, "loss 2.1", "steps") == "5 of 10 steps, 20 s each, loss 2.1, 100 s left"
+    assert tracking.pace(60, 100, 5, "", "steps", 50) == "60 of 100 steps, 2.0 steps/s, 20 s left"
+    assert tracking.pace(50, 100, 5, "", "steps", 50) == "50 of 100 steps, 0.0 steps/s"
+
+
 def test_progress_is_plain_lines_where_nobody_watches(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -227,6 +233,12 @@ def test_progress_is_plain_lines_where_nobody_watches(
     first, last = caplog.messages
     assert first.startswith("score: 1 of 4 documents, ") and "docs/s, 2 tokens/s, " in first
     assert last.startswith("score: 4 of 4 documents, ") and last.endswith(", 0 s left")
+
+
+def test_what_several_steps_tell_of_a_machine_is_told_once():
+    is_new = cli.said_once()
+    lines = [logging.makeLogRecord({"msg": words}) for words in ("device: cpu", "rate: done", "device: cpu")]
+    assert [is_new(line) for line in lines] == [True, True, False]
 
 
 def test_progress_is_quiet_before_there_is_something_to_say(caplog: pytest.LogCaptureFixture):
@@ -244,3 +256,21 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch):
         step(1)
         step(3)
     assert "4/4 documents" in terminal.getvalue() and " docs/s, 2 tokens/s" in terminal.getvalue()
+    with tracking.progress("prepare", None, unit="rows", already=5) as step:
+        step(2)
+    assert "7 rows" in terminal.getvalue() and "None" not in terminal.getvalue()
+
+
+def test_a_bar_within_the_work_of_another_stands_below_it(monkeypatch: pytest.MonkeyPatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "140")
+    with tracking.progress("prove", 2, unit="trainings") as outer:
+        for _ in range(2):
+            with tracking.progress("prove", 4, lambda _: "loss 2.0", "steps") as inner:
+                inner(3)
+                tracking.SHOWN[0].refresh()
+            outer(1)
+    assert "3/4 steps" in terminal.getvalue() and "2/2 trainings" in terminal.getvalue()
+    assert tracking.SHOWN == []

@@ -1,0 +1,57 @@
+"""Align as a whole: what would stop a later step is found before the first token is paid for."""
+
+from pathlib import Path
+
+from pipeline import actor, conversations, models, panel, prepare, rate_replies, train
+from pipeline.config import Recipe
+from pipeline.conversations import Exchange
+from pipeline.engines import engine
+from pipeline.errors import UserError
+
+
+def check_ahead(recipe: Recipe) -> None:
+    """Models, prompts and files, as far as they are there yet."""
+    actor.check(recipe)
+    raters = panel.of(recipe)
+    for teacher in {rater.called: rater.teacher for rater in raters}.values():
+        engine(teacher)
+    check_reward(recipe)
+    if recipe.align.source:
+        prepare.inputs(recipe, recipe.align.source)
+    given = rate_replies.read_given(recipe, raters[0].prompt.scale)
+    if not recipe.align.source or all(conversations.files(recipe, kind) for kind in ("actor", "prompts")):
+        check_taught(recipe, actor.read(recipe))
+        check_enough(recipe, conversations.prompts(recipe)[0], given)
+
+
+def check_taught(recipe: Recipe, rows: list[Exchange]) -> None:
+    """Refuse rows for the actor of which none is learned from."""
+    if all(conversations.for_judging(recipe, row.user_input) for row in rows):
+        raise UserError(
+            f"align.actor_data: all {len(rows)} rows are to prompts that are held out; give more, or lower"
+            " align.held_out_share"
+        )
+
+
+def check_enough(recipe: Recipe, taught: list[str], given: list[Exchange]) -> None:
+    """Refuse fewer replies than a student learns from."""
+    own = {(row.user_input, row.completion) for row in given if not conversations.for_judging(recipe, row.user_input)}
+    n = len(own) + len(taught) * recipe.align.replies_per_prompt
+    if recipe.reward.by == "student" and n < train.FEWEST:
+        raise UserError(
+            f"align: only {n} replies would be rated, and a student learns from {train.FEWEST} or more; give more"
+            " prompts or rows, or raise align.replies_per_prompt"
+        )
+
+
+def check_reward(recipe: Recipe) -> None:
+    """The encoder of a student, and the files that the reward and its launch need."""
+    if recipe.reward.by == "student":
+        models.locate(recipe.encoder.model, "encoder.model")
+    named: dict[str, Path | None] = {
+        "reward.preferences": recipe.reward.preferences,
+        **{f"{section}.launch": getattr(recipe, section).launch for section in ("actor", "reward", "rl")},
+    }
+    for setting, path in named.items():
+        if path is not None and not path.exists():
+            raise UserError(f"{setting}: {path} does not exist")

@@ -1,0 +1,199 @@
+"""Learning from rewards through TRL: GRPO and RLOO on sampled replies, DPO on rated pairs; replies are kept."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline import language_model, rewards, training
+from pipeline.config import Recipe, load_recipe
+from pipeline.errors import UserError, needs, required
+from pipeline.judge import Judge, Pair
+from pipeline.models import pick_device
+from pipeline.rewards import Reward
+from pipeline.storage import write_text
+from pipeline.training import Job
+
+CONVERSATIONS, ENDED = "conversations.jsonl", "ended.json"
+"""Every reply that was rewarded, and how the training ended."""
+
+SAMPLED = {
+    "beta": 0.04,
+    "num_generations": 4,
+    "per_device_train_batch_size": 8,
+    "num_train_epochs": 1,
+    "learning_rate": 1e-5,
+}
+"""Arguments of GRPOConfig and RLOOConfig: beta keeps the policy near the actor, so that it does not leave what the
+reward was learned on."""
+PAIRED = {"beta": 0.1, "num_train_epochs": 1, "learning_rate": 1e-6, "max_length": 1024}
+"""The same of DPOConfig."""
+
+
+class Kind(NamedTuple):
+    """TRL's names of an algorithm, and our defaults."""
+
+    trainer: str
+    config: str
+    defaults: dict[str, Any]
+
+
+KINDS = {
+    "grpo": Kind("GRPOTrainer", "GRPOConfig", SAMPLED),
+    "rloo": Kind("RLOOTrainer", "RLOOConfig", SAMPLED),
+    "dpo": Kind("DPOTrainer", "DPOConfig", PAIRED),
+}
+
+Rewarding = Callable[..., list[float | None]]
+"""A reward as TRL calls it."""
+
+
+def train(job: Job) -> None:
+    """Rows are prompts (column `user_input`), for dpo with two replies (`chosen`, `rejected`)."""
+    datasets = needs("datasets", "datasets")
+    recipe = load_recipe(required(job.recipe, "recipe", "that of the run folder"), {})
+    tokenizer, model = language_model.load(job.model, f"{job.section}.model", pick_device(job.device), job.revision)
+    training.check_chat_template(tokenizer, f"{job.section}.model", job.model)
+    rows = datasets.Dataset.from_parquet(str(job.rows), cache_dir=str(job.folder / "cache"))
+    rows = rows.map(as_messages, remove_columns=rows.column_names)
+    if job.trainer == "dpo":
+        training.work(made(job, recipe, model, tokenizer, rows), job, tokenizer)
+        return
+    with rewards.load(recipe) as reward:
+        log = Conversations(job.folder / CONVERSATIONS, training.last_checkpoint(job.folder / training.CHECKPOINTS))
+        learned_from = Rewarded(reward, recipe.rl.repetition_penalty, log)
+        trainer = made(job, recipe, model, tokenizer, rows, reward_funcs=learned_from.functions())
+        trainer.add_callback(stopping(learned_from))
+        training.work(trainer, job, tokenizer)
+        write_text(job.folder / ENDED, json.dumps(learned_from.ended()) + "\n")
+
+
+def made(job: Job, recipe: Recipe, model: Any, tokenizer: Any, rows: Any, **more: Any) -> Any:
+    """TRL's trainer of the job."""
+    trl, kind = needs("trl", "finetune"), KINDS[job.trainer]
+    settings = training.arguments(getattr(trl, kind.config), job, {**kind.defaults, **of_replies(job, recipe)})
+    check_batch(len(rows), settings)
+    return getattr(trl, kind.trainer)(
+        model=model,
+        args=settings,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=training.lora(job),
+        **more,
+    )
+
+
+def check_batch(n_rows: int, settings: Any) -> None:
+    """Refuse fewer prompts than one batch has, of which nothing would be learned."""
+    at_a_time = getattr(settings, "generation_batch_size", 0) // getattr(settings, "num_generations", 1)
+    if n_rows < at_a_time:
+        raise UserError(
+            f"rl: {n_rows} prompts do not fill a batch of {at_a_time}; give more, or lower"
+            " rl.args.per_device_train_batch_size, or raise rl.args.num_generations"
+        )
+
+
+def of_replies(job: Job, recipe: Recipe) -> dict[str, Any]:
+    """How replies are sampled: as those that the reward learned from."""
+    if job.trainer == "dpo":
+        return {}
+    return {"max_completion_length": recipe.align.reply_tokens, "temperature": recipe.align.reply_temperature or 1.0}
+
+
+def as_messages(row: dict[str, str]) -> dict[str, Any]:
+    """A row as TRL reads conversations."""
+    replies = {str(name): [{"role": "assistant", "content": row[name]}] for name in row if name != "user_input"}
+    return {"prompt": [{"role": "user", "content": row["user_input"]}], **replies}
+
+
+# -- rewards as TRL calls them ----------------------------------------------------------------------------------------
+
+
+class Rewarded:
+    """The reward and the repetition penalty, as two functions whose means TRL logs apart."""
+
+    def __init__(self, reward: Reward, penalty: float, log: "Conversations") -> None:
+        self.reward, self.penalty, self.log = reward, penalty, log
+        self.found: list[float | None] = []
+        self.n = self.n_unscored = 0
+        """Replies so far, and those without a reward."""
+
+    def functions(self) -> list[Rewarding]:
+        """For `reward_funcs`, called in this order on the same replies."""
+        return [self.score, self.repetition] if self.penalty else [self.score]
+
+    def score(self, prompts: Sequence[Any], completions: Sequence[Any], trainer_state: Any, **_: Any) -> list[Any]:
+        """The reward; None, which TRL leaves out, where a reply has none."""
+        pairs = [(asked[-1]["content"], said[-1]["content"]) for asked, said in zip(prompts, completions, strict=True)]
+        self.found = [None if np.isnan(value) else float(value) for value in self.reward(pairs)]
+        self.n += len(pairs)
+        self.n_unscored += sum(value is None for value in self.found)
+        self.log.add(trainer_state.global_step, pairs, self.found)
+        return self.found
+
+    def repetition(self, completions: Sequence[Any], **_: Any) -> list[Any]:
+        """What is taken off; None where there is no reward either, as TRL would take the rest for all of it."""
+        repeated = [rewards.repetition(said[-1]["content"]) for said in completions]
+        return [
+            None if value is None else -self.penalty * share for value, share in zip(self.found, repeated, strict=True)
+        ]
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The teacher's budget, once it is spent."""
+        return self.reward.stopped_by if isinstance(self.reward, Judge) else None
+
+    def ended(self) -> dict[str, Any]:
+        """For the result."""
+        judge = self.reward if isinstance(self.reward, Judge) else None
+        asked = {"n_asked": judge.spending.n_asked if judge else 0, "usd": judge.usd if judge else None}
+        return {"stopped_by": self.stopped_by, "n_unscored": self.n_unscored, **asked}
+
+
+def stopping(learned_from: Rewarded) -> Any:
+    """A callback that ends the training where the teacher's budget is spent: what was learned is kept."""
+    transformers = needs("transformers", "torch")
+
+    class Stopping(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+        def on_step_end(self, _: Any, __: Any, control: Any, **___: Any) -> None:
+            control.should_training_stop = control.should_training_stop or learned_from.stopped_by is not None
+
+    return Stopping()
+
+
+class Conversations:
+    """The log of replies, {step, user_input, completion, reward} a line; what came after the checkpoint that a
+    training goes on from is taken back. Of several processes the first one writes."""
+
+    def __init__(self, path: Path, begun: Path | None) -> None:
+        self.path, at = path, int(begun.name.rpartition("-")[2]) if begun else 0
+        self.writes = bool(needs("accelerate", "finetune").PartialState().is_main_process)
+        if self.writes:
+            kept = [line for line in read(path) if line["step"] < at]
+            write_text(path, "".join(map(line_of, kept)))
+
+    def add(self, step: int, pairs: Sequence[Pair], found: Sequence[float | None]) -> None:
+        """Replies sampled after so many steps."""
+        if not self.writes:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            for (prompt, reply), value in zip(pairs, found, strict=True):
+                file.write(line_of({"step": step, "user_input": prompt, "completion": reply, "reward": value}))
+
+
+def line_of(values: dict[str, Any]) -> str:
+    """A JSON line."""
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The log of replies; a line cut by a crash is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found

@@ -1,0 +1,310 @@
+"""Align, last: the actor learns to please the reward, and the teacher judges its replies before and after."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import (
+    conversations,
+    language_model,
+    models,
+    panel,
+    policy,
+    replies,
+    rewards,
+    student,
+    training,
+    unfinished,
+)
+from pipeline.config import Recipe
+from pipeline.errors import UserError
+from pipeline.gains import NOTHING, compared, sentence, warning
+from pipeline.judge import Judge, Pair
+from pipeline.metrics import Floats, Interval
+from pipeline.reward import RATED
+from pipeline.storage import content, write_table
+from pipeline.teacher import identity
+from pipeline.tracking import Result, Stage, read_json, stage
+from pipeline.training import Job
+
+log = logging.getLogger("gristmill")
+
+REPLIES, ROWS, START = "replies.parquet", "rows.parquet", "start"
+
+
+class RLResult(Result):
+    """What the teacher says of replies to held-out prompts, next to what the reward says of them."""
+
+    algorithm: str
+    reward: str | None
+    """reward.by; None for dpo, which needs no reward."""
+    model: str
+    """What it started from."""
+    n_prompts: int
+    """Prompts, or pairs of replies, that were learned from."""
+    n_too_long: int
+    """Prompts left out because they leave no room for a reply."""
+    n_held_out: int
+    """Prompts whose replies are judged."""
+    n_steps: int
+    teacher_before: float | None
+    """Mean of the replies that the teacher scored both before and after."""
+    teacher_after: float | None
+    gain: float | None
+    gain_interval: Interval | None
+    """95%, from resampled prompts: a reply before and one after to each."""
+    reward_before: float | None
+    reward_after: float | None
+    reward_gain: float | None
+    n_unscored: int
+    """Held-out prompts of which a reply has no score of the teacher."""
+    n_unrewarded: int
+    """Sampled replies that had no reward and were not learned from."""
+    stopped_by: str | None
+    """The teacher's budget that ended the learning early."""
+    n_asked: int
+    """Answers of the teacher in this run, learning and judging together."""
+    usd: float | None
+    sentence: str
+    warning: str | None
+    """Where the reward rose and the teacher's score did not."""
+
+
+class Start(NamedTuple):
+    """What RL works on."""
+
+    model: str
+    rows: pa.Table
+    held_out: list[str]
+    n_too_long: int
+
+
+class Judged(NamedTuple):
+    """(n_held_out,) each, before and after; NaN without a score, None without a reward."""
+
+    teacher: tuple[Floats, Floats]
+    reward: tuple[Floats, Floats] | None
+    n_asked: int
+    usd: float | None
+
+
+def run(recipe: Recipe, redo: bool = False) -> RLResult:
+    """Train, then judge; an interrupted training goes on from its last checkpoint."""
+    model = model_of(recipe)
+    with stage("rl", recipe, inputs(recipe, model)) as work:
+        unfinished.begin(work, redo, policy.CONVERSATIONS, policy.ENDED, START)
+        done = work.finished(RLResult, redo, unfinished.is_trained(work) and (work.folder / REPLIES).exists())
+        if done:
+            return done
+        begin = start(work, model)
+        if not unfinished.is_trained(work):
+            training.run(job(work, begin), recipe.rl.launch)
+        said = before_and_after(work, begin)
+        judged = judge(recipe, begin.held_out, said)
+        write(work.folder / REPLIES, begin.held_out, said, judged)
+        return work.finish(summarise(work, begin, model, judged))
+
+
+def model_of(recipe: Recipe) -> str:
+    """rl.model, or what align actor made, or what it would start from."""
+    made = recipe.run_folder / "actor" / training.MODEL
+    found = recipe.rl.model or (str(made) if made.exists() else recipe.actor.model)
+    if found is None:
+        raise UserError("rl: there is no actor to improve; run gristmill align actor first, or set rl.model")
+    language_model.check_whole(found, "rl.model")
+    return found
+
+
+def inputs(recipe: Recipe, model: str) -> dict[str, Any]:
+    """Everything that decides the policy and how it is judged."""
+    raters = [[rater.prompt.digest, identity(rater.prompt, rater.teacher)] for rater in panel.of(recipe)]
+    align = recipe.align.identity()
+    names = ("held_out_share", "held_out_prompts", "reply_tokens", "reply_temperature")
+    files = {path.name: content(path) for path in conversations.files(recipe, "prompts")}
+    return {
+        "rl": recipe.rl.identity(),
+        "reward": recipe.reward.model_dump(mode="json", include={"by", "revision"}) if needs_reward(recipe) else None,
+        "align": {name: align[name] for name in names},
+        "model": model,
+        "files": files | made_before(recipe, model),
+        "raters": raters,
+        "seed": recipe.seed,
+    }
+
+
+def needs_reward(recipe: Recipe) -> bool:
+    """Whether replies are rewarded while it learns."""
+    return recipe.rl.algorithm != "dpo"
+
+
+def made_before(recipe: Recipe, model: str) -> dict[str, str]:
+    """What earlier steps were made from, by the files that say so."""
+    run = recipe.run_folder
+    found = {"actor": Path(model).parent / "inputs.json"}
+    learned = {"student": run / "train/student/student.json", "model": run / "reward/model/model.safetensors"}
+    found["reward"] = learned.get(recipe.reward.by, run / "none") if needs_reward(recipe) else run / RATED
+    return {name: student.digest(path)[:16] for name, path in found.items() if path.exists()}
+
+
+# -- what it works on -------------------------------------------------------------------------------------------------
+
+
+def start(work: Stage, model: str) -> Start:
+    """The model in a folder, and the prompts that leave room for a reply."""
+    recipe = work.recipe
+    taught, aside = conversations.prompts(recipe)
+    where = as_folder(work, model)
+    held_out, n_aside = replies.fitting(recipe, where, "rl.model", aside)
+    if needs_reward(recipe):
+        fit, n_taught = replies.fitting(recipe, where, "rl.model", taught)
+        rows = pa.table({"user_input": pa.array(fit, pa.string())})
+    else:
+        rows, n_taught = pairs_of(recipe, where)
+    if not held_out or not rows.num_rows:
+        raise UserError(
+            f"rl: of {len(taught)} prompts to learn on {rows.num_rows} are left, of {len(aside)} held-out ones"
+            f" {len(held_out)}: the others leave no room for a reply; give shorter prompts, or lower"
+            " align.reply_tokens"
+        )
+    if n_taught + n_aside:
+        log.warning("rl: %d prompts leave no room for a reply and are left out", n_taught + n_aside)
+    return Start(where, rows, held_out, n_taught + n_aside)
+
+
+def as_folder(work: Stage, model: str) -> str:
+    """The model where TRL can load it a second time, as the policy's reference: a .gguf file is written out."""
+    if not model.endswith(".gguf"):
+        return models.locate(model, "rl.model")
+    folder = work.folder / START
+    if not folder.exists():
+        language_model.save(folder, *language_model.load(model, "rl.model"))
+    return str(folder)
+
+
+def pairs_of(recipe: Recipe, model: str) -> tuple[pa.Table, int]:
+    """To each prompt that is not held out the best and the worst rated reply, if they differ in score."""
+    path = recipe.run_folder / RATED
+    rated = conversations.read(path, "rl", ("completion",)) if path.exists() else []
+    by_prompt: dict[str, list[tuple[float, str]]] = {}
+    for prompt, reply, score in rated:
+        if score is not None and not conversations.for_judging(recipe, prompt):
+            by_prompt.setdefault(prompt, []).append((score, str(reply)))
+    differ = {prompt: (max(said), min(said)) for prompt, said in by_prompt.items() if max(said)[0] > min(said)[0]}
+    if not differ:
+        raise UserError(
+            f"rl.algorithm: dpo needs prompts with two replies of different scores, and {path} has none; run gristmill"
+            " align rate with align.replies_per_prompt of 2 or more"
+        )
+    fit, n_too_long = replies.fitting(recipe, model, "rl.model", list(differ))
+    names = ("user_input", "chosen", "rejected")
+    rows = [dict(zip(names, (prompt, *(reply for _, reply in differ[prompt])), strict=True)) for prompt in fit]
+    return pa.Table.from_pylist(rows, pa.schema(dict.fromkeys(names, pa.string()))), n_too_long
+
+
+def job(work: Stage, begin: Start) -> Job:
+    """The training, its rows written."""
+    recipe, rl = work.recipe, work.recipe.rl
+    write_table(work.folder / ROWS, begin.rows)
+    return Job(
+        trainer=rl.algorithm,
+        section="rl",
+        model=begin.model,
+        revision=rl.revision,
+        rows=work.folder / ROWS,
+        folder=work.folder,
+        args=rl.args,
+        lora=rl.lora,
+        device=rl.device,
+        seed=recipe.seed,
+        recipe=work.folder / "recipe.yaml",
+    )
+
+
+# -- before and after -------------------------------------------------------------------------------------------------
+
+
+def before_and_after(work: Stage, begin: Start) -> tuple[list[str], list[str]]:
+    """A reply of either model to each held-out prompt, sampled as in training, as what is learned is how to sample:
+    the likeliest reply can stay bad while most get better, and the other way round. Both have the same seed."""
+    recipe, after = work.recipe, str(work.folder / training.MODEL)
+    first, second = (
+        replies.write(recipe, model, begin.held_out, recipe.align.reply_temperature, recipe.seed)
+        for model in (begin.model, after)
+    )
+    return first, second
+
+
+def judge(recipe: Recipe, prompts: Sequence[str], said: tuple[list[str], list[str]]) -> Judged:
+    """The teacher's scores and the reward's."""
+    pairs: list[Pair] = [pair for side in said for pair in zip(prompts, side, strict=True)]
+    with Judge(recipe, recipe.rate) as teacher:
+        scores = teacher(pairs)
+        n_asked, usd = teacher.spending.n_asked, teacher.usd
+    if not needs_reward(recipe):
+        return Judged(halves(scores), None, n_asked, usd)
+    if recipe.reward.by == "teacher":
+        return Judged(halves(scores), halves(scores), n_asked, usd)
+    with rewards.load(recipe) as reward:
+        return Judged(halves(scores), halves(reward(pairs)), n_asked, usd)
+
+
+def halves(values: Floats) -> tuple[Floats, Floats]:
+    """The first and the second half."""
+    return values[: len(values) // 2], values[len(values) // 2 :]
+
+
+def write(path: Path, prompts: Sequence[str], said: tuple[list[str], list[str]], judged: Judged) -> None:
+    """Replies to held-out prompts side by side."""
+    rewarded = judged.reward or (np.full(len(prompts), np.nan), np.full(len(prompts), np.nan))
+    columns = {
+        "user_input": pa.array(prompts, pa.string()),
+        "before": pa.array(said[0], pa.string()),
+        "after": pa.array(said[1], pa.string()),
+        **{f"teacher_{name}": numbers(v) for name, v in zip(("before", "after"), judged.teacher, strict=True)},
+        **{f"reward_{name}": numbers(v) for name, v in zip(("before", "after"), rewarded, strict=True)},
+    }
+    write_table(path, pa.table(columns))
+
+
+def numbers(values: Floats) -> pa.Array:
+    """A column, null where there is no number."""
+    return pa.array(values, pa.float64(), mask=np.isnan(values))
+
+
+# -- the result -------------------------------------------------------------------------------------------------------
+
+
+def summarise(work: Stage, begin: Start, model: str, judged: Judged) -> RLResult:
+    """Both sides in figures."""
+    recipe, ended = work.recipe, read_json(work.folder / policy.ENDED) or {}
+    teacher, reward = compared(*judged.teacher), compared(*judged.reward) if judged.reward else NOTHING
+    best = panel.of(recipe)[0].prompt.scale[1]
+    costs = [each for each in (judged.usd, ended.get("usd")) if each is not None]
+    return RLResult(
+        seconds=work.seconds,
+        algorithm=recipe.rl.algorithm,
+        reward=recipe.reward.by if needs_reward(recipe) else None,
+        model=model,
+        n_prompts=begin.rows.num_rows,
+        n_too_long=begin.n_too_long,
+        n_held_out=len(begin.held_out),
+        n_steps=max((line["step"] for line in training.read_curve(work.folder)), default=0),
+        teacher_before=teacher.before,
+        teacher_after=teacher.after,
+        gain=teacher.gain,
+        gain_interval=teacher.interval,
+        reward_before=reward.before,
+        reward_after=reward.after,
+        reward_gain=reward.gain,
+        n_unscored=len(begin.held_out) - teacher.n,
+        n_unrewarded=ended.get("n_unscored", 0),
+        stopped_by=ended.get("stopped_by"),
+        n_asked=judged.n_asked + ended.get("n_asked", 0),
+        usd=sum(costs) if costs else None,
+        sentence=sentence(teacher, reward, best),
+        warning=warning(teacher, reward),
+    )
