@@ -19,6 +19,9 @@ from pipeline.training import Job
 
 log = logging.getLogger("gristmill")
 
+FEWEST = 2
+"""Rows below which nothing is learned."""
+
 
 class ActorResult(Result):
     """What the actor learned from."""
@@ -70,6 +73,7 @@ def run(recipe: Recipe, redo: bool = False) -> ActorResult:
 def check(recipe: Recipe) -> str:
     """The model, if it is whole, can be found and has a form for conversations."""
     actor = recipe.actor
+    sft.check(actor, "actor")
     model = required(actor.model, "actor.model", "Qwen/Qwen3-0.6B")
     language_model.check_whole(model, "actor.model")
     tokenizer = models.load_tokenizer(model, "actor.model", actor.revision)
@@ -108,11 +112,11 @@ def parted(rows: Sequence[Exchange], recipe: Recipe, model: str) -> Parts:
     aside = [conversations.for_judging(recipe, row.user_input) for row, _ in fit]
     taught = [each for each, is_aside in zip(fit, aside, strict=True) if not is_aside]
     held_out = [each[0] for each, is_aside in zip(fit, aside, strict=True) if is_aside]
-    if not taught:
+    if len(taught) < FEWEST:
         raise UserError(
-            f"actor: none of {len(rows)} rows can be learned from: {len(rows) - len(said)} have an empty reply, in"
-            f" {len(said) - len(fit)} the prompt fills actor.args.max_length ({limit:g} tokens), and {len(held_out)}"
-            " are held out; give more rows"
+            f"actor: {len(taught)} of {len(rows)} rows can be learned from, at least {FEWEST} are needed:"
+            f" {len(rows) - len(said)} have an empty reply, in {len(said) - len(fit)} the prompt fills"
+            f" actor.args.max_length ({limit:g} tokens), and {len(held_out)} are held out; give more rows"
         )
     n_cut = sum(is_cut(row, n, limit, tokenizer) for row, n in taught)
     n_too_long = len(said) - len(fit)
@@ -125,10 +129,7 @@ def max_length(recipe: Recipe, model: str) -> float:
     """Tokens of prompt and reply together that are trained on."""
     asked = recipe.actor.args.get("max_length", sft.REPLIES["max_length"])
     context = replies.context(model, "actor.model", recipe.actor.revision)
-    try:
-        return min(math.inf if asked is None else float(asked), context)
-    except (TypeError, ValueError):
-        raise UserError(f"actor.args.max_length: must be a number of tokens, got {asked!r}") from None
+    return min(math.inf if asked is None else float(asked), context)
 
 
 def is_cut(row: Exchange, n_asked: int, limit: float, tokenizer: Any) -> bool:

@@ -2,11 +2,24 @@
 
 from pathlib import Path
 
-from pipeline import actor, conversations, models, panel, prepare, rate_replies, train
+from pipeline import (
+    actor,
+    conversations,
+    language_model,
+    models,
+    panel,
+    policy,
+    preferences,
+    prepare,
+    rate_replies,
+    rewards,
+    train,
+    training,
+)
 from pipeline.config import Recipe
 from pipeline.conversations import Exchange
 from pipeline.engines import engine
-from pipeline.errors import UserError
+from pipeline.errors import UserError, needs, required
 
 
 def check_ahead(recipe: Recipe) -> None:
@@ -16,6 +29,7 @@ def check_ahead(recipe: Recipe) -> None:
     for teacher in {rater.called: rater.teacher for rater in raters}.values():
         engine(teacher)
     check_reward(recipe)
+    check_arguments(recipe)
     if recipe.align.source:
         prepare.inputs(recipe, recipe.align.source)
     given = rate_replies.read_given(recipe, raters[0].prompt.scale)
@@ -45,9 +59,15 @@ def check_enough(recipe: Recipe, taught: list[str], given: list[Exchange]) -> No
 
 
 def check_reward(recipe: Recipe) -> None:
-    """The encoder of a student, and the files that the reward and its launch need."""
-    if recipe.reward.by == "student":
+    """What the reward is made of or held against, and the files of launches."""
+    by = recipe.reward.by
+    if by == "student":
         models.locate(recipe.encoder.model, "encoder.model")
+    elif by == "model":
+        model = required(recipe.reward.model, "reward.model", "answerdotai/ModernBERT-base")
+        language_model.check_whole(model, "reward.model")
+    elif by != "teacher":
+        language_model.check_whole(rewards.place(recipe), "reward.by")
     named: dict[str, Path | None] = {
         "reward.preferences": recipe.reward.preferences,
         **{f"{section}.launch": getattr(recipe, section).launch for section in ("actor", "reward", "rl")},
@@ -55,3 +75,15 @@ def check_reward(recipe: Recipe) -> None:
     for setting, path in named.items():
         if path is not None and not path.exists():
             raise UserError(f"{setting}: {path} does not exist")
+    if recipe.reward.preferences:
+        preferences.read(recipe.reward.preferences)
+
+
+def check_arguments(recipe: Recipe) -> None:
+    """Refuse arguments that a later training does not take."""
+    trl, transformers, peft = needs("trl", "finetune"), needs("transformers", "torch"), needs("peft", "finetune")
+    on_policy = getattr(trl, policy.KINDS[recipe.rl.algorithm].config)
+    kinds = {"reward": transformers.TrainingArguments, "rl": on_policy}
+    for section, kind in kinds.items():
+        training.known(kind, getattr(recipe, section).args, f"{section}.args")
+        training.known(peft.LoraConfig, getattr(recipe, section).lora, f"{section}.lora")

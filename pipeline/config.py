@@ -452,9 +452,10 @@ class Training(Settings):
     lora: dict[str, Any] = {}
     """Passed verbatim to peft's LoraConfig (r, lora_alpha, lora_dropout ...); without it all weights are trained."""
     device: Annotated[str | None, OPERATIONAL] = None
-    """cuda, cuda:1, mps or cpu; without it the best one present."""
-    launch: Annotated[Path | None, OPERATIONAL] = None
-    """Configuration file of `accelerate`: train in the processes it describes (several GPUs, DeepSpeed, FSDP)."""
+    """cuda (the first GPU), mps or cpu; without it the best one present."""
+    launch: Path | None = None
+    """Configuration file of `accelerate`: train in the processes it describes (several GPUs, DeepSpeed, FSDP), each
+    with a batch of its own."""
 
 
 class Finetune(Training):

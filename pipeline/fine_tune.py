@@ -1,7 +1,6 @@
 """Fine-tuning the encoder together with its heads (train.head: full), for those who pay."""
 
 import dataclasses
-import difflib
 import logging
 import sys
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.encoder import Encoder
-from pipeline.errors import UserError, needs
+from pipeline.errors import needs
 from pipeline.heads import known
 from pipeline.metrics import Bools, Floats
 from pipeline.student import Head, Layer
 from pipeline.targets import Target, TrainingSet
+from pipeline.training import configured
 
 log = logging.getLogger("gristmill")
 
@@ -70,18 +70,9 @@ def tune(
 def arguments(encoder: Encoder, folder: Path, seed: int, args: dict[str, Any]) -> Any:
     """TrainingArguments of the recipe, laid over the defaults."""
     kind = needs("transformers", "torch").TrainingArguments
-    names = [field.name for field in dataclasses.fields(kind) if field.init]
-    for name in args:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            told = f"did you mean {near[0]}?" if near else "see Hugging Face's TrainingArguments"
-            raise UserError(f"train.args: {name!r} is not an argument of TrainingArguments; {told}")
     ours = {"output_dir": str(folder), "seed": seed, "disable_tqdm": not sys.stderr.isatty()}
     on_cpu = {"use_cpu": encoder.model.device.type == "cpu"}
-    try:
-        return kind(**{**DEFAULTS, **ours, **on_cpu, **args})
-    except (TypeError, ValueError, ImportError) as error:
-        raise UserError(f"train.args: {str(error).strip().splitlines()[0]}") from None
+    return configured(kind, {**DEFAULTS, **ours, **on_cpu, **args}, "train.args", args)
 
 
 def unit(target: Target, learned: Bools) -> tuple[float, float]:

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import continuations, language_model, passages, perplexity, sft, splits, training, unfinished
+from pipeline import arms, continuations, language_model, passages, perplexity, sft, splits, training, unfinished
 from pipeline.config import Corpus, Recipe, Teacher, digest
 from pipeline.continuations import Beginning
-from pipeline.errors import UserError, needs, required
+from pipeline.errors import UserError, required
 from pipeline.known import alike
 from pipeline.metrics import Interval
 from pipeline.models import pick_device
@@ -37,6 +37,8 @@ class FinetuneResult(Result):
     n_trained_on: int
     n_held_out: int
     """Documents that were not trained on; `n_measured` of them were measured on."""
+    n_copies: int
+    """Documents that are neither, as half of it, or more, is in one that was trained on."""
     n_measured: int
     n_steps: int
     tokens_per_s: float | None
@@ -56,6 +58,7 @@ class Parts(NamedTuple):
 
     taught: list[str]
     held_out: list[str]
+    n_copies: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def run(recipe: Recipe, redo: bool = False) -> FinetuneResult:
 
 def check(recipe: Recipe) -> None:
     """Refuse what can be known to fail before anything is read."""
-    needs("trl", "finetune")
+    sft.check(recipe.finetune, "finetune")
     model = required(recipe.finetune.model, "finetune.model", "HuggingFaceTB/SmolLM2-135M")
     language_model.check_whole(model, "finetune.model")
 
@@ -133,6 +136,8 @@ def parted(texts: Sequence[str], recipe: Recipe) -> Parts:
     units = alike(texts, least)
     sides = dealt(units, share, recipe.seed)
     parts = Parts(splits.pick(texts, sides == "taught"), splits.pick(texts, sides == "held_out"))
+    if least is not None:
+        parts = without_copies(parts)
     if not parts.taught or not parts.held_out:
         raise UserError(
             f"finetune.held_out_share: {share:g} of {len(texts)} texts ({len(set(units.tolist()))} that are not nearly"
@@ -140,6 +145,13 @@ def parted(texts: Sequence[str], recipe: Recipe) -> Parts:
             " give more"
         )
     return parts
+
+
+def without_copies(parts: Parts) -> Parts:
+    """The same, less what is held out and, in good part, in a longer document that is learned: a quotation, a passage
+    of another edition."""
+    is_copy = arms.copied(parts.held_out, parts.taught)
+    return Parts(parts.taught, splits.pick(parts.held_out, ~is_copy), int(is_copy.sum()))
 
 
 def dealt(units: NDArray[np.int64], share: float, seed: int) -> NDArray[np.str_]:
@@ -225,18 +237,19 @@ def write_continuations(path: Path, asked: Sequence[Beginning], before: Look, af
 def summarise(work: Stage, parts: Parts, before: Look, after: Look) -> FinetuneResult:
     """All of it in figures."""
     old, new, recipe = before.predicted, after.predicted, work.recipe
-    steps = [line for line in training.read_curve(work.folder) if "loss" in line]
-    last = steps[-1] if steps else {}
+    curve = training.read_curve(work.folder)
+    last: dict[str, Any] = next((line for line in reversed(curve) if "loss" in line), {})
     gain = old.bits_per_byte - new.bits_per_byte
     interval = saved(old, new, recipe.seed) if len(old.nats) > 1 else None
     return FinetuneResult(
         seconds=work.seconds,
         model=str(recipe.finetune.model),
-        n_documents=len(parts.taught) + len(parts.held_out),
+        n_documents=len(parts.taught) + len(parts.held_out) + parts.n_copies,
         n_trained_on=len(parts.taught),
         n_held_out=len(parts.held_out),
+        n_copies=parts.n_copies,
         n_measured=len(old.nats),
-        n_steps=last.get("step", 0),
+        n_steps=max((line["step"] for line in curve), default=0),
         tokens_per_s=round(last["num_tokens"] / last["seconds"], 1) if last.get("seconds") else None,
         perplexity_before=old.perplexity,
         perplexity_after=new.perplexity,

@@ -1,8 +1,8 @@
 """What the teacher thinks of replies, asked through the one store that `align rate` fills: nothing is paid twice."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Self
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from pipeline.engines.kept import Kept
 from pipeline.metrics import Floats
 from pipeline.spending import Spending, check_budget, has_prices
 from pipeline.teacher import AnswerStore
+
+log = logging.getLogger("gristmill")
 
 STORE = "rate/answers.sqlite"
 """Where answers are kept, in the run folder."""
@@ -30,12 +32,12 @@ class Judge:
         self.rate, self.path, self.limits = recipe.rate, recipe.run_folder / STORE, limits
         self.spending = Spending(limits, 1)
         self.open = ExitStack()
-        self.n_unscored = 0
-        """Replies without a score so far."""
+        self.n_cut = 0
+        """Replies so far that the teacher did not see whole."""
         self.stopped_by: str | None = None
         """The budget that left replies unread."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Judge":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.store = self.open.enter_context(AnswerStore(self.path))
         self.kept = self.open.enter_context(Kept())
@@ -43,25 +45,33 @@ class Judge:
 
     def __exit__(self, *_: object) -> None:
         self.open.close()
+        warn_of_cuts("judge", self.n_cut)
 
     def __call__(self, pairs: Sequence[Pair]) -> Floats:
         """(n,) scores of replies, NaN where a reply has none."""
         texts = [conversations.text(*pair) for pair in pairs]
         distinct, calibrate = list(dict.fromkeys(texts)), self.rate.calibrate
-        got = panel.collect(
-            "judge", self.raters, distinct, self.store, self.limits, self.kept.start, calibrate, self.spending
-        )
-        said = [panel.opinions(rater, distinct, self.store, got.failed, calibrate) for rater in self.raters]
+        raters, store, start = self.raters, self.store, self.kept.start
+        got = panel.collect("judge", raters, distinct, store, self.limits, start, calibrate, self.spending, "replies")
+        said = [panel.opinions(rater, distinct, store, got.failed, calibrate) for rater in raters]
         found = dict(zip(distinct, consensus.verdicts(said, self.rate.consensus), strict=True))
         scores = [found[text].score for text in texts]
         self.stopped_by = self.spending.stopped_by if got.n_not_asked else self.stopped_by
-        self.n_unscored += sum(score is None for score in scores)
+        self.n_cut += max(sum(answer.was_truncated for answer in each.answers) for each in said)
         return np.array([np.nan if score is None else score for score in scores], dtype=np.float64)
 
     @property
     def usd(self) -> float | None:
         """What all answers cost, those of earlier runs among them; None where prices are not known."""
         return self.spending.total.usd if all(map(has_prices, self.teachers)) else None
+
+
+def warn_of_cuts(stage: str, n: int) -> None:
+    """Say where a teacher did not see a whole exchange, at whose end the reply stands."""
+    if n:
+        log.warning(
+            "%s: %d replies were cut before the teacher saw them whole; raise teacher.document_tokens", stage, n
+        )
 
 
 def scores(recipe: Recipe, exchanges: Sequence[Pair], limits: Budget) -> list[float | None]:

@@ -62,6 +62,8 @@ def check_causal(model: Any, missing: list[str], what: str) -> None:
         raise UserError(f"{what} is no causal language model: it has no weights for {missing[0]}; take another")
     with torch.inference_mode():
         first = model.eval()(input_ids=torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device)).logits[:, 0].float()
+    if not torch.isfinite(first).all():
+        raise UserError(f"{what} says nothing: its output is no number; train it with a lower learning_rate")
     if not torch.allclose(first[0], first[1], rtol=1e-2, atol=1e-3):
         raise UserError(f"{what} is no causal language model: what it says depends on what follows; take another")
 

@@ -203,6 +203,7 @@ def collect(
     start: Start = engine,
     calibrate: bool = False,
     study: Spending | None = None,
+    unit: str = "documents",
 ) -> Collected:
     """Ask all that the store does not hold, as far as the budget goes; of an empty document first, to `calibrate`. A
     `study` asks in many ways for one budget: its spending goes on from call to call, and no call is told of."""
@@ -213,10 +214,10 @@ def collect(
     for rater in raters if n_open else []:
         engine(rater.teacher)
     if study is None:
-        log.info("%s: %d documents, %d answers there already", stage, len(texts), len(raters) * len(texts) - n_open)
+        log.info("%s: %d %s, %d answers there already", stage, len(texts), unit, len(raters) * len(texts) - n_open)
     waiting: list[Pending] = []
     has_table = study is not None and sys.stderr.isatty()
-    with nullcontext(desk.step) if has_table else progress(stage, n_open) as desk.step:
+    with nullcontext(desk.step) if has_table else progress(stage, n_open, unit=unit) as desk.step:
         for _, group in groupby(raters, key=lambda rater: rater.teacher.model_copy(update={"seed": 0})):
             try:
                 ask(list(group), texts, desk, start, calibrate)

@@ -62,6 +62,8 @@ def predict(
                 tokens[document] += len(ids) - 1
             step(len(batch))
     model.train(was_training)
+    if not np.isfinite(nats).all():
+        raise UserError("perplexity: the model gives some texts no probability; train it with a lower learning_rate")
     return Predicted(nats, tokens, np.array([len(text.encode()) for text in texts], dtype=np.int64))
 
 

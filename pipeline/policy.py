@@ -61,13 +61,15 @@ def train(job: Job) -> None:
     if job.trainer == "dpo":
         training.work(made(job, recipe, model, tokenizer, rows), job, tokenizer)
         return
-    with rewards.load(recipe) as reward:
+    with rewards.load(share_of(recipe)) as reward:
         log = Conversations(job.folder / CONVERSATIONS, training.last_checkpoint(job.folder / training.CHECKPOINTS))
         learned_from = Rewarded(reward, recipe.rl.repetition_penalty, log)
         trainer = made(job, recipe, model, tokenizer, rows, reward_funcs=learned_from.functions())
         trainer.add_callback(stopping(learned_from))
         training.work(trainer, job, tokenizer)
-        write_text(job.folder / ENDED, json.dumps(learned_from.ended()) + "\n")
+        ended = learned_from.ended()
+        if log.writes:
+            write_text(job.folder / ENDED, json.dumps(ended) + "\n")
 
 
 def made(job: Job, recipe: Recipe, model: Any, tokenizer: Any, rows: Any, **more: Any) -> Any:
@@ -108,6 +110,23 @@ def as_messages(row: dict[str, str]) -> dict[str, Any]:
     return {"prompt": [{"role": "user", "content": row["user_input"]}], **replies}
 
 
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+def share_of(recipe: Recipe) -> Recipe:
+    """The recipe with what each process may spend on the teacher."""
+    n = needs("accelerate", "finetune").PartialState().num_processes
+    given = {name: getattr(recipe.reward, name) for name in ("budget_usd", "budget_tokens")}
+    shares = {name: value / n for name, value in given.items() if value is not None}
+    return recipe.model_copy(update={"reward": recipe.reward.model_copy(update=shares)})
+
+
+def of_all(values: list[Any]) -> list[Any]:
+    """The values of all processes, each of which has to call this."""
+    found: list[Any] = needs("accelerate", "finetune").utils.gather_object(values)
+    return found
+
+
 # -- rewards as TRL calls them ----------------------------------------------------------------------------------------
 
 
@@ -117,8 +136,6 @@ class Rewarded:
     def __init__(self, reward: Reward, penalty: float, log: "Conversations") -> None:
         self.reward, self.penalty, self.log = reward, penalty, log
         self.found: list[float | None] = []
-        self.n = self.n_unscored = 0
-        """Replies so far, and those without a reward."""
 
     def functions(self) -> list[Rewarding]:
         """For `reward_funcs`, called in this order on the same replies."""
@@ -128,8 +145,6 @@ class Rewarded:
         """The reward; None, which TRL leaves out, where a reply has none."""
         pairs = [(asked[-1]["content"], said[-1]["content"]) for asked, said in zip(prompts, completions, strict=True)]
         self.found = [None if np.isnan(value) else float(value) for value in self.reward(pairs)]
-        self.n += len(pairs)
-        self.n_unscored += sum(value is None for value in self.found)
         self.log.add(trainer_state.global_step, pairs, self.found)
         return self.found
 
@@ -146,26 +161,29 @@ class Rewarded:
         return self.reward.stopped_by if isinstance(self.reward, Judge) else None
 
     def ended(self) -> dict[str, Any]:
-        """For the result."""
+        """For the result, of all processes."""
         judge = self.reward if isinstance(self.reward, Judge) else None
-        asked = {"n_asked": judge.spending.n_asked if judge else 0, "usd": judge.usd if judge else None}
-        return {"stopped_by": self.stopped_by, "n_unscored": self.n_unscored, **asked}
+        own = self.stopped_by, judge.spending.n_asked if judge else 0, judge.usd if judge else None
+        stopped_by, n_asked, usd = zip(*of_all([own]), strict=True)
+        total = None if None in usd else sum(usd)
+        return {"stopped_by": next(filter(None, stopped_by), None), "n_asked": sum(n_asked), "usd": total}
 
 
 def stopping(learned_from: Rewarded) -> Any:
-    """A callback that ends the training where the teacher's budget is spent: what was learned is kept."""
+    """A callback that ends the training in all processes where the teacher's budget is spent: what was learned is
+    kept."""
     transformers = needs("transformers", "torch")
 
     class Stopping(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
         def on_step_end(self, _: Any, __: Any, control: Any, **___: Any) -> None:
-            control.should_training_stop = control.should_training_stop or learned_from.stopped_by is not None
+            control.should_training_stop |= any(of_all([learned_from.stopped_by]))
 
     return Stopping()
 
 
 class Conversations:
     """The log of replies, {step, user_input, completion, reward} a line; what came after the checkpoint that a
-    training goes on from is taken back. Of several processes the first one writes."""
+    training goes on from is taken back. Of several processes the first one writes those of all."""
 
     def __init__(self, path: Path, begun: Path | None) -> None:
         self.path, at = path, int(begun.name.rpartition("-")[2]) if begun else 0
@@ -176,11 +194,15 @@ class Conversations:
 
     def add(self, step: int, pairs: Sequence[Pair], found: Sequence[float | None]) -> None:
         """Replies sampled after so many steps."""
-        if not self.writes:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            for (prompt, reply), value in zip(pairs, found, strict=True):
-                file.write(line_of({"step": step, "user_input": prompt, "completion": reply, "reward": value}))
+        lines = of_all(
+            [
+                line_of({"step": step, "user_input": prompt, "completion": reply, "reward": value})
+                for (prompt, reply), value in zip(pairs, found, strict=True)
+            ]
+        )
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
 
 
 def line_of(values: dict[str, Any]) -> str:

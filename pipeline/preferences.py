@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import conversations
+from pipeline import conversations, prepare
 from pipeline.errors import UserError
 from pipeline.metrics import Interval, bootstrap_interval
 from pipeline.rewards import Reward
@@ -37,11 +37,14 @@ def read(path: Path) -> list[Preference]:
 
 
 def preference(row: dict[str, Any], where: str) -> Preference:
-    """One row, if it has all three texts."""
+    """One row, if it has all three texts; a prompt of several turns as align prepare writes it."""
     for name in COLUMNS:
         if not isinstance(row.get(name), str):
             raise UserError(f"{where} has no text {name!r}; there are: {', '.join(row) or 'no keys'}")
-    return Preference(*(row[name] for name in COLUMNS))
+    try:
+        return Preference(prepare.user_input(row["prompt"]).strip(), row["chosen"], row["rejected"])
+    except prepare.Unusable as reason:
+        raise UserError(f"{where}: {reason}; leave the row out") from None
 
 
 def from_parquet(path: Path) -> list[dict[str, Any]]:
@@ -55,15 +58,16 @@ def from_parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def accuracy(reward: Reward, pairs: list[Preference]) -> dict[str, Any]:
-    """Share of the pairs in which the chosen reply has the higher reward, ties half, with a bootstrap 95% interval.
-    Pairs of which a reply has no reward don't count, and their number stands beside."""
+    """Share of the pairs in which the chosen reply has the higher reward, ties half, with a 95% interval from
+    resampled prompts. Pairs of which a reply has no reward don't count, and their number stands beside."""
     gaps = np.concatenate([gap(reward, pairs[i : i + AT_A_TIME]) for i in range(0, len(pairs), AT_A_TIME)])
-    won = (1 + np.sign(gaps[np.isfinite(gaps)])) / 2
+    known = np.isfinite(gaps)
+    won = (1 + np.sign(gaps[known])) / 2
     return {
         "n": len(won),
-        "n_unscored": int(np.isnan(gaps).sum()),
+        "n_unscored": int((~known).sum()),
         "accuracy": float(won.mean()) if len(won) else None,
-        "interval": interval(won),
+        "interval": interval(won, np.array([pair.prompt for pair in pairs])[known]),
     }
 
 
@@ -73,6 +77,9 @@ def gap(reward: Reward, pairs: list[Preference]) -> Any:
     return found[::2] - found[1::2]
 
 
-def interval(won: Any) -> Interval | None:
-    """Of the mean of (n_pairs,) values."""
-    return bootstrap_interval(lambda rows: rows.mean(axis=1), won)
+def interval(won: Any, prompts: Any) -> Interval | None:
+    """Of the mean of (n_pairs,) values, those of one prompt drawn together."""
+    of_prompt = np.unique(prompts, return_inverse=True)[1]
+    return bootstrap_interval(
+        lambda sums, counts: sums.sum(axis=1) / counts.sum(axis=1), np.bincount(of_prompt, won), np.bincount(of_prompt)
+    )

@@ -109,10 +109,7 @@ def arguments(settings: Prove) -> dict[str, Any]:
 
 def block_length(settings: Prove) -> int:
     """Tokens of a block."""
-    length = int(training.typed("int", arguments(settings)["max_length"], "prove.args.max_length"))
-    if length < 8:
-        raise UserError(f"prove.args.max_length: {length} tokens are no text; give 8 or more")
-    return length
+    return int(training.typed("int", arguments(settings)["max_length"], "prove.args.max_length"))
 
 
 def words(settings: Prove, folder: Path, whole: Sequence[str]) -> Any:

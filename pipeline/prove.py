@@ -14,7 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline import arms, benchmarks, contrast, language_model, perplexity, proof, prove_picture, storage, training
+from pipeline import (
+    arms,
+    benchmarks,
+    contrast,
+    language_model,
+    perplexity,
+    proof,
+    prove_picture,
+    sft,
+    storage,
+    training,
+)
 from pipeline.config import Recipe
 from pipeline.errors import UserError
 from pipeline.metrics import Floats
@@ -91,6 +102,7 @@ def check(recipe: Recipe) -> None:
     for name in OURS:
         if name in settings.args:
             raise UserError(f"prove.args.{name}: prove.tokens says how long each arm is read; leave it out")
+    sft.check(settings, "prove")
     if settings.model:
         language_model.check_whole(settings.model, "prove.model")
     if settings.tasks:
@@ -170,8 +182,6 @@ def judge(recipe: Recipe, made: Proof, model: Path, folder: Path) -> None:
     settings, device = recipe.prove, pick_device(recipe.prove.device)
     tokenizer, loaded = language_model.load(str(model), "prove.model", device)
     found = perplexity.predict(loaded, tokenizer, made.texts, made.length)
-    if not np.isfinite(found.nats).all():
-        raise UserError("prove: the trained model gives no probability to some texts; lower prove.args.learning_rate")
     n_parameters = loaded.num_parameters()
     del loaded
     answers = benchmarks.evaluate(model, settings.tasks, settings.task_documents, device, recipe.seed)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline import consensus, conversations, language_model, panel, rate, ratings, replies, teacher
+from pipeline import consensus, conversations, judge, language_model, panel, rate, ratings, replies, teacher
 from pipeline.config import Recipe
 from pipeline.consensus import Verdict
 from pipeline.conversations import Exchange
@@ -79,7 +79,7 @@ def run(recipe: Recipe, redo: bool = False) -> RepliesResult:
         texts = [d.text for d, each in zip(documents, material.replies, strict=True) if each.row.score is None]
         with AnswerStore(work.folder / "answers.sqlite") as store:
             calibrate = recipe.rate.calibrate and bool(texts)
-            got = panel.collect("rate", raters, texts, store, recipe.rate, calibrate=calibrate)
+            got = panel.collect("rate", raters, texts, store, recipe.rate, calibrate=calibrate, unit="replies")
             said = [panel.opinions(rater, texts, store, got.failed, calibrate) for rater in raters]
         asked = dict(zip(texts, consensus.verdicts(said, recipe.rate.consensus), strict=True))
         verdicts = [asked.get(d.text, known(each.row)) for d, each in zip(documents, material.replies, strict=True)]
@@ -223,6 +223,7 @@ def check(result: RepliesResult, work: Stage, said: list[Opinions], verdicts: Se
     if n_asked:
         of_asked = {"n_sampled": n_asked, "n_scored": result.n_scored - result.n_given}
         rate.check_readable(result.model_copy(update=of_asked), work.recipe, work, said)
+    judge.warn_of_cuts("rate", result.n_truncated)
     scores = {verdict.score for verdict in verdicts if verdict.score is not None}
     if len(scores) == 1:
         raise UserError(

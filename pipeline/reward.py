@@ -14,6 +14,7 @@ from pipeline.errors import UserError, required
 from pipeline.figures import ScoreFigures
 from pipeline.judge import Judge
 from pipeline.metrics import Bools, Figures, Interval
+from pipeline.preferences import Preference
 from pipeline.rewards import Reward
 from pipeline.storage import content, write_table
 from pipeline.tracking import Result, Stage, stage
@@ -39,7 +40,7 @@ class RewardResult(Result):
     """Against the teacher on these."""
     spearman_interval: Interval | None
     preferences: dict[str, Any] | None
-    """Share of the pairs of people in which it prefers their reply."""
+    """Share of the pairs of people in which it prefers their reply; `n_seen` more are to prompts it learned from."""
     n_asked: int
     usd: float | None
     """What a teacher that judges the pairs of people took."""
@@ -48,16 +49,17 @@ class RewardResult(Result):
 
 def run(recipe: Recipe, redo: bool = False) -> RewardResult:
     """Learn the reward, if there is something to learn, and judge it."""
-    pairs = preferences.read(recipe.reward.preferences) if recipe.reward.preferences else []
     rated, n_unscored = read(recipe)
+    pairs = preferences.read(recipe.reward.preferences) if recipe.reward.preferences else []
+    fresh = unseen(pairs, rated, recipe)
     with stage("reward", recipe, inputs(recipe)) as work:
         unfinished.begin(work, redo)
         done = work.finished(RewardResult, redo, is_there(work))
         if done:
             return done
         agreement = learned(work, rated, redo)
-        with rewards.load(recipe) if pairs else nullcontext(None) as reward:
-            judged = preferences.accuracy(reward, pairs) if reward else None
+        with rewards.load(recipe) if fresh else nullcontext(None) as reward:
+            judged = preferences.accuracy(reward, fresh) | {"n_seen": len(pairs) - len(fresh)} if reward else None
             told = spent(reward)
         given: dict[str, Any] = {"by": recipe.reward.by, "n_rated": len(rated), "n_unscored": n_unscored}
         said = sentence(recipe.reward.by, agreement, judged)
@@ -92,12 +94,26 @@ def read(recipe: Recipe) -> tuple[list[Exchange], int]:
     return rated, len(found) - len(rated)
 
 
+def unseen(pairs: list[Preference], rated: list[Exchange], recipe: Recipe) -> list[Preference]:
+    """The pairs of people to prompts that the reward does not learn from."""
+    seen = {each.user_input for each in rated} if recipe.reward.by in rewards.INSIDE else set()
+    found = [pair for pair in pairs if pair.prompt not in seen]
+    if len(found) < len(pairs):
+        log.warning(
+            "reward: %d of %d pairs of people are left out, as the reward learns from replies to their prompts",
+            len(pairs) - len(found),
+            len(pairs),
+        )
+    return found
+
+
 # -- what learns ------------------------------------------------------------------------------------------------------
 
 
 def learned(work: Stage, rated: list[Exchange], redo: bool) -> dict[str, Any]:
     """Learn what is to be learned; how well it agrees with the teacher."""
     if work.recipe.reward.by == "student":
+        check(rated)
         return of_student(train.run(work.recipe, redo))
     return by_model(work, rated) if work.recipe.reward.by == "model" else by_others(work.recipe, rated)
 
@@ -140,8 +156,8 @@ def check(taught: list[Exchange]) -> None:
     """Refuse ratings of which nothing can be learned."""
     if len(taught) < FEWEST:
         raise UserError(
-            f"reward: only {len(taught)} rated replies are there to learn from; rate at least {FEWEST}, better a"
-            " thousand (align.replies_per_prompt)"
+            f"reward: only {len(taught)} rated replies are there to learn from; have at least {FEWEST}, better a"
+            " thousand, rated by gristmill align rate (align.replies_per_prompt)"
         )
     if len({each.score for each in taught}) == 1:
         raise UserError(

@@ -1,30 +1,28 @@
 """Align, last: the actor learns to please the reward, and the teacher judges its replies before and after."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 
 from pipeline import (
+    before_after,
     conversations,
     language_model,
     models,
     panel,
     policy,
     replies,
-    rewards,
     student,
     training,
     unfinished,
 )
+from pipeline.before_after import Judged, needs_reward
 from pipeline.config import Recipe
 from pipeline.errors import UserError
 from pipeline.gains import NOTHING, compared, sentence, warning
-from pipeline.judge import Judge, Pair
-from pipeline.metrics import Floats, Interval
+from pipeline.metrics import Interval
 from pipeline.reward import RATED
 from pipeline.storage import content, write_table
 from pipeline.teacher import identity
@@ -83,18 +81,10 @@ class Start(NamedTuple):
     n_too_long: int
 
 
-class Judged(NamedTuple):
-    """(n_held_out,) each, before and after; NaN without a score, None without a reward."""
-
-    teacher: tuple[Floats, Floats]
-    reward: tuple[Floats, Floats] | None
-    n_asked: int
-    usd: float | None
-
-
 def run(recipe: Recipe, redo: bool = False) -> RLResult:
     """Train, then judge; an interrupted training goes on from its last checkpoint."""
     model = model_of(recipe)
+    check_held_out(recipe)
     with stage("rl", recipe, inputs(recipe, model)) as work:
         unfinished.begin(work, redo, policy.CONVERSATIONS, policy.ENDED, START)
         done = work.finished(RLResult, redo, unfinished.is_trained(work) and (work.folder / REPLIES).exists())
@@ -103,20 +93,39 @@ def run(recipe: Recipe, redo: bool = False) -> RLResult:
         begin = start(work, model)
         if not unfinished.is_trained(work):
             training.run(job(work, begin), recipe.rl.launch)
-        said = before_and_after(work, begin)
-        judged = judge(recipe, begin.held_out, said)
-        write(work.folder / REPLIES, begin.held_out, said, judged)
+        sides = before_after.said(recipe, (begin.model, str(work.folder / training.MODEL)), begin.held_out)
+        judged = before_after.judge(recipe, begin.held_out, sides)
+        before_after.write(work.folder / REPLIES, begin.held_out, sides, judged)
         return work.finish(summarise(work, begin, model, judged))
 
 
 def model_of(recipe: Recipe) -> str:
     """rl.model, or what align actor made, or what it would start from."""
-    made = recipe.run_folder / "actor" / training.MODEL
-    found = recipe.rl.model or (str(made) if made.exists() else recipe.actor.model)
-    if found is None:
-        raise UserError("rl: there is no actor to improve; run gristmill align actor first, or set rl.model")
+    actor = recipe.run_folder / "actor"
+    is_own = recipe.rl.model is None and actor.exists()
+    found = str(actor / training.MODEL) if is_own else recipe.rl.model or recipe.actor.model
+    if found is None or (is_own and not (actor / "result.json").exists()):
+        raise UserError("rl: there is no actor to improve; run gristmill align actor to its end, or set rl.model")
     language_model.check_whole(found, "rl.model")
     return found
+
+
+OF_REWARD = {"by", "revision", "budget_usd", "budget_tokens", "budget_minutes"}
+"""Settings of the reward that decide what is learned from it, and for how long."""
+
+
+def check_held_out(recipe: Recipe) -> None:
+    """Refuse to judge on prompts that an earlier step may have learned from, as it held out others."""
+    wanted = {"held_out_share": recipe.align.held_out_share, "seed": recipe.seed}
+    for step in ("actor", "rate"):
+        made = read_json(recipe.run_folder / step / "inputs.json") or {}
+        before = {**made, **made.get("align", {})}
+        for name, value in wanted.items():
+            if before.get(name, value) != value:
+                raise UserError(
+                    f"rl: {name} is {value:g}, and was {before[name]:g} in align {step}, so that other prompts were"
+                    " held out; set it back, or run align all again with --redo"
+                )
 
 
 def inputs(recipe: Recipe, model: str) -> dict[str, Any]:
@@ -127,18 +136,13 @@ def inputs(recipe: Recipe, model: str) -> dict[str, Any]:
     files = {path.name: content(path) for path in conversations.files(recipe, "prompts")}
     return {
         "rl": recipe.rl.identity(),
-        "reward": recipe.reward.model_dump(mode="json", include={"by", "revision"}) if needs_reward(recipe) else None,
+        "reward": recipe.reward.model_dump(mode="json", include=OF_REWARD) if needs_reward(recipe) else None,
         "align": {name: align[name] for name in names},
         "model": model,
         "files": files | made_before(recipe, model),
         "raters": raters,
         "seed": recipe.seed,
     }
-
-
-def needs_reward(recipe: Recipe) -> bool:
-    """Whether replies are rewarded while it learns."""
-    return recipe.rl.algorithm != "dpo"
 
 
 def made_before(recipe: Recipe, model: str) -> dict[str, str]:
@@ -176,12 +180,14 @@ def start(work: Stage, model: str) -> Start:
 
 
 def as_folder(work: Stage, model: str) -> str:
-    """The model where TRL can load it a second time, as the policy's reference: a .gguf file is written out."""
-    if not model.endswith(".gguf"):
+    """The model where TRL can load it a second time, as the policy's reference: a .gguf file, and a revision of the
+    Hub, are written out."""
+    recipe, folder = work.recipe, work.folder / START
+    revision = recipe.rl.revision if recipe.rl.model else recipe.actor.revision
+    if not model.endswith(".gguf") and (revision is None or Path(model).expanduser().exists()):
         return models.locate(model, "rl.model")
-    folder = work.folder / START
     if not folder.exists():
-        language_model.save(folder, *language_model.load(model, "rl.model"))
+        language_model.save(folder, *language_model.load(model, "rl.model", revision=revision))
     return str(folder)
 
 
@@ -213,7 +219,6 @@ def job(work: Stage, begin: Start) -> Job:
         trainer=rl.algorithm,
         section="rl",
         model=begin.model,
-        revision=rl.revision,
         rows=work.folder / ROWS,
         folder=work.folder,
         args=rl.args,
@@ -222,57 +227,6 @@ def job(work: Stage, begin: Start) -> Job:
         seed=recipe.seed,
         recipe=work.folder / "recipe.yaml",
     )
-
-
-# -- before and after -------------------------------------------------------------------------------------------------
-
-
-def before_and_after(work: Stage, begin: Start) -> tuple[list[str], list[str]]:
-    """A reply of either model to each held-out prompt, sampled as in training, as what is learned is how to sample:
-    the likeliest reply can stay bad while most get better, and the other way round. Both have the same seed."""
-    recipe, after = work.recipe, str(work.folder / training.MODEL)
-    first, second = (
-        replies.write(recipe, model, begin.held_out, recipe.align.reply_temperature, recipe.seed)
-        for model in (begin.model, after)
-    )
-    return first, second
-
-
-def judge(recipe: Recipe, prompts: Sequence[str], said: tuple[list[str], list[str]]) -> Judged:
-    """The teacher's scores and the reward's."""
-    pairs: list[Pair] = [pair for side in said for pair in zip(prompts, side, strict=True)]
-    with Judge(recipe, recipe.rate) as teacher:
-        scores = teacher(pairs)
-        n_asked, usd = teacher.spending.n_asked, teacher.usd
-    if not needs_reward(recipe):
-        return Judged(halves(scores), None, n_asked, usd)
-    if recipe.reward.by == "teacher":
-        return Judged(halves(scores), halves(scores), n_asked, usd)
-    with rewards.load(recipe) as reward:
-        return Judged(halves(scores), halves(reward(pairs)), n_asked, usd)
-
-
-def halves(values: Floats) -> tuple[Floats, Floats]:
-    """The first and the second half."""
-    return values[: len(values) // 2], values[len(values) // 2 :]
-
-
-def write(path: Path, prompts: Sequence[str], said: tuple[list[str], list[str]], judged: Judged) -> None:
-    """Replies to held-out prompts side by side."""
-    rewarded = judged.reward or (np.full(len(prompts), np.nan), np.full(len(prompts), np.nan))
-    columns = {
-        "user_input": pa.array(prompts, pa.string()),
-        "before": pa.array(said[0], pa.string()),
-        "after": pa.array(said[1], pa.string()),
-        **{f"teacher_{name}": numbers(v) for name, v in zip(("before", "after"), judged.teacher, strict=True)},
-        **{f"reward_{name}": numbers(v) for name, v in zip(("before", "after"), rewarded, strict=True)},
-    }
-    write_table(path, pa.table(columns))
-
-
-def numbers(values: Floats) -> pa.Array:
-    """A column, null where there is no number."""
-    return pa.array(values, pa.float64(), mask=np.isnan(values))
 
 
 # -- the result -------------------------------------------------------------------------------------------------------
@@ -301,7 +255,7 @@ def summarise(work: Stage, begin: Start, model: str, judged: Judged) -> RLResult
         reward_after=reward.after,
         reward_gain=reward.gain,
         n_unscored=len(begin.held_out) - teacher.n,
-        n_unrewarded=ended.get("n_unscored", 0),
+        n_unrewarded=sum(line["reward"] is None for line in policy.read(work.folder / policy.CONVERSATIONS)),
         stopped_by=ended.get("stopped_by"),
         n_asked=judged.n_asked + ended.get("n_asked", 0),
         usd=sum(costs) if costs else None,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline import language_model, training
+from pipeline import config, language_model, training
 from pipeline.errors import UserError, needs
 from pipeline.models import pick_device
 from pipeline.training import Job
@@ -12,6 +12,25 @@ TEXTS = {"packing": True, "packing_strategy": "wrapped", "max_length": 512, "lea
 is left out; with packing: false each row is a block, and its end is cut off."""
 REPLIES = {"packing": False, "max_length": 1024, "learning_rate": 2e-5}
 """The same for replies."""
+FEWEST_TOKENS = 8
+"""Of a block."""
+
+
+def check(settings: config.Training, section: str) -> None:
+    """Refuse what SFTConfig and LoraConfig do not take, and a launch that is not there, before anything is loaded."""
+    trl, peft = needs("trl", "finetune"), needs("peft", "finetune")
+    training.check_device(settings.device, section)
+    training.check_launch(settings.launch, section)
+    args = training.known(trl.SFTConfig, settings.args, f"{section}.args")
+    training.known(peft.LoraConfig, settings.lora, f"{section}.lora")
+    length = args.get("max_length")
+    if length is not None and length < FEWEST_TOKENS:
+        raise UserError(f"{section}.args.max_length: {length} tokens are no text; give {FEWEST_TOKENS} or more")
+    if args.get("load_best_model_at_end"):
+        raise UserError(
+            f"{section}.args.load_best_model_at_end: what is held out would choose the checkpoint, and then judge it;"
+            " leave it out"
+        )
 
 
 def train(job: Job) -> None:

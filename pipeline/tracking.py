@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.config import Recipe, load_recipe, to_yaml
 from pipeline.errors import UserError, needs
-from pipeline.storage import write_text
+from pipeline.storage import read_lines, write_text
 
 log = logging.getLogger("gristmill")
 
@@ -119,12 +119,7 @@ class Stage:
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     """The numbers of every stage that was finished, in that order; a line that was cut by a crash is left out."""
-    found = []
-    path = run_folder / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+    return read_lines(run_folder / "metrics.jsonl")
 
 
 @contextmanager

@@ -41,6 +41,7 @@ TRAINERS = {
 
 EVERYWHERE = {
     "logging_steps": 1,
+    "logging_nan_inf_filter": False,
     "save_steps": 100,
     "save_total_limit": 2,
     "report_to": [],
@@ -94,12 +95,14 @@ def train(job: Job) -> None:
     needs("peft", "finetune")
     with warnings.catch_warnings():  # TRL and Transformers rename each other's arguments; no user can mend that
         warnings.filterwarnings("ignore", ".*_checkpointing.* is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Could not find a config file in None", UserWarning)  # peft, of a .gguf file
         importlib.import_module(TRAINERS[job.trainer]).train(job)
 
 
 def launched(job: Job, launch: Path) -> None:
     """Train in the processes of a configuration of accelerate, which says how many, with DeepSpeed or not."""
     needs("accelerate", "finetune")
+    check_launch(launch, job.section)
     path = job.folder / "job.json"
     write_text(path, job.model_dump_json(indent=2) + "\n")
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(launch)]
@@ -124,7 +127,26 @@ def arguments(kind: Any, job: Job, defaults: dict[str, Any]) -> Any:
         **checkpointing(kind, job.args),
         **precision(pick_device(job.device)),
     }
-    return configured(kind, {**EVERYWHERE, **defaults, **ours, **job.args}, f"{job.section}.args", job.args)
+    check_device(job.device, job.section)
+    found = configured(kind, {**EVERYWHERE, **defaults, **ours, **job.args}, f"{job.section}.args", job.args)
+    found._n_gpu = min(found.n_gpu, 1)  # else a single process takes a batch for each GPU there is
+    return found
+
+
+def check_device(device: str | None, section: str) -> None:
+    """Refuse a GPU by number, which Transformers does not look at."""
+    number = (device or "").partition(":")[2]
+    if number.strip("0"):
+        raise UserError(
+            f"{section}.device: models are trained on the first GPU; set CUDA_VISIBLE_DEVICES={number} to make it that"
+            f" one, or give {section}.launch for several"
+        )
+
+
+def check_launch(launch: Path | None, section: str) -> None:
+    """Refuse a configuration file that is not there."""
+    if launch is not None and not launch.exists():
+        raise UserError(f"{section}.launch: {launch} does not exist; give a file that accelerate config writes")
 
 
 def checkpointing(kind: Any, given: Iterable[str]) -> dict[str, Any]:
@@ -142,18 +164,23 @@ def precision(device: str) -> dict[str, Any]:
 
 
 def configured(kind: Any, values: dict[str, Any], setting: str, given: Iterable[str]) -> Any:
-    """An instance of a configuration dataclass; the first key given that it has no field for is named."""
+    """An instance of a configuration dataclass, of which the recipe has `given` some values."""
+    read = known(kind, {name: values[name] for name in given}, setting)
+    try:
+        return kind(**{**values, **read})
+    except (TypeError, ValueError, ImportError, OSError) as error:
+        raise UserError(f"{setting}: {' '.join(str(error).split())[:300]}") from None
+
+
+def known(kind: Any, given: dict[str, Any], setting: str) -> dict[str, Any]:
+    """Values as the fields of a configuration dataclass hold them; the first key that it has no field for is named."""
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     for name in given:
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
             told = f"did you mean {near[0]}?" if near else f"see the documentation of {kind.__name__}"
             raise UserError(f"{setting}: {name!r} is not an argument of {kind.__name__}; {told}")
-    read = {name: typed(fields[name].type, values[name], f"{setting}.{name}") for name in given}
-    try:
-        return kind(**{**values, **read})
-    except (TypeError, ValueError, ImportError, OSError) as error:
-        raise UserError(f"{setting}: {' '.join(str(error).split())[:300]}") from None
+    return {name: typed(fields[name].type, value, f"{setting}.{name}") for name, value in given.items()}
 
 
 PLAIN = {"int": int, "float": float, "bool": bool}
@@ -197,17 +224,30 @@ def work(trainer: Any, job: Job, tokenizer: Any) -> None:
     transformers = needs("transformers", "torch")
     for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
         trainer.remove_callback(callback)
+    if in_pieces(trainer) and job.lora:
+        raise UserError(
+            f"{job.section}.lora: an adapter cannot be merged into weights that lie in pieces; take DeepSpeed with"
+            f" ZeRO stage 1 or 2, or leave {job.section}.lora out"
+        )
     begun = last_checkpoint(job.folder / CHECKPOINTS)
+    if begun:
+        trainer.args.eval_on_start = False
     watching = watcher(job, begun)
     trainer.add_callback(watching)
     with watching.shown, suppress(AtItsEnd):
         trainer.train(resume_from_checkpoint=str(begun) if begun else None)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        trainer.save_model(str(job.folder / MODEL))  # weights lie in pieces; only the trainer can gather them
+    if in_pieces(trainer):
+        trainer.save_model(str(job.folder / MODEL))  # only the trainer can gather them
     elif trainer.is_world_process_zero():
         language_model.save(job.folder / MODEL, tokenizer, merged(model))
     trainer.accelerator.wait_for_everyone()
+
+
+def in_pieces(trainer: Any) -> bool:
+    """Whether no process has all weights: with FSDP, and with DeepSpeed from ZeRO stage 3 on."""
+    deepspeed = trainer.accelerator.state.deepspeed_plugin
+    return bool(trainer.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3))
 
 
 class AtItsEnd(Exception):
@@ -222,10 +262,10 @@ def merged(model: Any) -> Any:
 def last_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint that is whole; what a killed process was writing is removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in found:
-        if not is_whole(path):
-            shutil.rmtree(path)
-    return max((path for path in found if path.exists()), key=lambda path: found.index(path), default=None)
+    whole = [path for path in found if is_whole(path)]
+    for path in set(found) - set(whole):
+        shutil.rmtree(path, ignore_errors=True)  # every process of a launched job does so
+    return whole[-1] if whole else None
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -255,7 +295,7 @@ def watcher(job: Job, begun: Path | None) -> Any:
         def __init__(self) -> None:
             self.shown, self.loss = ExitStack(), math.nan
             self.step: Step = lambda _: None
-            at = (read_json(begun / "trainer_state.json") or {})["global_step"] if begun else 0
+            at = (read_json(begun / "trainer_state.json") or {})["global_step"] if begun else -1
             self.lines = [line for line in read_curve(job.folder) if line["step"] <= at]
             last: dict[str, Any] = next((line for line in reversed(self.lines) if "loss" in line), {})
             self.before = {name: last.get(name, 0) for name in ("num_tokens", "seconds")}
@@ -274,8 +314,10 @@ def watcher(job: Job, begun: Path | None) -> Any:
             if state.global_step >= state.max_steps:
                 raise AtItsEnd
 
-        def on_step_end(self, _: Any, __: Any, ___: Any, **____: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.step(1)
+            if state.global_step >= state.max_steps and args.eval_strategy == "steps":
+                control.should_evaluate = True
 
         def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, Any], **___: Any) -> None:
             if not state.is_world_process_zero:

@@ -81,7 +81,7 @@ def tell_rl(result: Values) -> str:
         + fact(", {} held out", result, "n_held_out", digits=0)
         + fact("; {} steps", result, "n_steps", digits=0)
         + (f" of {escape(str(result['algorithm']).upper())}" if result.get("algorithm") else ""),
-        f"stopped by {result['stopped_by']}; the same command with more of it goes on"
+        f"stopped by {result['stopped_by']}; raise it and run with --redo to learn for longer"
         if result.get("stopped_by")
         else "",
     )

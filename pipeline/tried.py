@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.show import clean
+from pipeline.storage import read_lines
 from pipeline.trials import Params, Trial
 
 DEFAULTS = -1
@@ -19,10 +20,9 @@ CALLED = {"auc": "AUC", "f1": "F1", "spearman": "Spearman"}
 
 def read(run_folder: Path) -> list[Trial]:
     """The defaults and the trials so far; none where nothing was tuned. Lines of another version are left out."""
-    path, found = run_folder / "tune" / "trials.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(ValueError, TypeError):
-            values = json.loads(line)
+    found = []
+    for values in read_lines(run_folder / "tune" / "trials.jsonl"):
+        with suppress(TypeError):
             found.append(Trial(**{name: values[name] for name in Trial._fields if name in values}))
     return found
 

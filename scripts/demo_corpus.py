@@ -5,8 +5,8 @@
 Prose (docstrings, Python's topics, READMEs) beside junk (licences, listings, metadata,
 changelogs, option dumps, tables, logs), taken from this interpreter's standard library and
 site-packages. Packages are read as files and never imported. One environment and one seed
-give the same shards byte for byte. Beside the folder goes another, data/demo-trusted: prose of
-packages of which none is in the corpus, for gristmill prove to judge by.
+give the same shards byte for byte. Beside the folder goes another, data/demo-trusted:
+docstrings of packages whose prose is not in the corpus, for gristmill prove to judge by.
 """
 
 import argparse

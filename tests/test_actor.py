@@ -13,6 +13,8 @@ from pipeline import actor, conversations, replies, training
 from pipeline.config import Recipe
 from pipeline.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 5e-3, "max_length": 64}
 ROWS = [{"user_input": f"What is {i} and 1?", "completion": f"It is {i + 1}."} for i in range(20)]
 
@@ -69,17 +71,17 @@ def test_the_loss_is_on_the_reply_alone(tmp_path: Path, tiny_causal: Path, monke
         assert asked not in learned and tokenizer.pad_token not in learned
 
 
-def test_one_row_is_enough_to_learn_from(tmp_path: Path, tiny_causal: Path) -> None:
-    row = next(row for row in ROWS if not conversations.for_judging(Recipe(), row["user_input"]))
-    result = actor.run(recipe(tmp_path, tiny_causal, [row]))
-    assert (result.n_trained_on, result.n_held_out, result.held_out_loss_after) == (1, 0, None)
+def test_two_rows_are_enough_to_learn_from_and_one_is_one_line(tmp_path: Path, tiny_causal: Path) -> None:
+    rows = [row for row in ROWS if not conversations.for_judging(Recipe(), row["user_input"])][:2]
+    with pytest.raises(UserError, match=r"^actor: 1 of 1 rows can be learned from, at least 2 are needed: 0 have an"):
+        actor.run(recipe(tmp_path, tiny_causal, rows[:1]))
+    result = actor.run(recipe(tmp_path, tiny_causal, rows))
+    assert (result.n_trained_on, result.n_held_out, result.held_out_loss_after) == (2, 0, None)
 
 
 def test_prompts_that_fill_the_length_leave_nothing_to_learn(tmp_path: Path, tiny_causal: Path) -> None:
     asked = recipe(tmp_path, tiny_causal, max_length=8)
-    with pytest.raises(
-        UserError, match=r"^actor: none of 20 rows can be learned from: .*in 20 the prompt fills .*\(8 "
-    ):
+    with pytest.raises(UserError, match=r"^actor: 0 of 20 rows can be learned from, .*in 20 the prompt fills .*\(8 "):
         actor.run(asked)
 
 
@@ -98,7 +100,7 @@ def test_a_model_without_a_chat_template_is_one_line(tmp_path: Path, tiny_causal
     [
         ({"model": None}, "actor.model is not set"),
         ({"args": {"learning_rat": 1}}, "actor.args: 'learning_rat' is not an argument of SFTConfig; did you mean"),
-        ({"args": {"max_length": "long"}}, "actor.args.max_length: must be a number of tokens, got 'long'"),
+        ({"args": {"max_length": "long"}}, "actor.args.max_length: input should be a valid integer, .* got 'long'"),
     ],
 )
 def test_a_wrong_setting_is_one_line(

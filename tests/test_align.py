@@ -112,6 +112,11 @@ def test_a_recipe_that_can_go_through_passes(tmp_path: Path, tiny_causal: Path) 
         ({"align": {"reward_data": "none.json"}}, r"^align\.reward_data: none\.json cannot be read"),
         ({"align": {"source": "none.json"}}, r"^align\.source: none\.json does not exist"),
         ({"reward": {"preferences": "none.json"}}, r"^reward\.preferences: none\.json does not exist"),
+        ({"reward": {"by": "/nowhere/to/be"}}, r"^reward\.by: /nowhere/to/be does not exist"),
+        ({"reward": {"by": "model"}}, r"^reward\.model is not set"),
+        ({"reward": {"by": "model", "model": "/nowhere/to/be"}}, r"^reward\.model: /nowhere/to/be does not exist"),
+        ({"rl": {"args": {"num_generation": 4}}}, r"^rl\.args: 'num_generation' .* did you mean num_generations\?"),
+        ({"rl": {"lora": {"alpha": 4}}}, r"^rl\.lora: 'alpha' is not an argument of LoraConfig"),
         ({"rl": {"launch": "none.yaml"}}, r"^rl\.launch: none\.yaml does not exist"),
         ({"rate": {"budget_usd": 1.0}}, r"^budget_usd: the price of .* is not known"),
         (

@@ -54,16 +54,20 @@ def test_a_model_learns_to_reply_as_the_teacher_likes_with_a_student_as_reward(r
 
 
 @pytest.mark.parametrize("by", ["model", "teacher", "folder"])
-def test_every_kind_of_reward_can_be_learned_from(rated: Path, tiny_align: Path, by: str, tmp_path: Path) -> None:
+def test_every_kind_of_reward_can_be_learned_from(
+    rated: Path, tiny_align: Path, tiny_causal: Path, by: str, tmp_path: Path
+) -> None:
+    """A random teacher judges here: which reward is learned from makes no difference to it."""
     short = {"max_steps": 2, "per_device_train_batch_size": 8, "num_generations": 4}
     run = tmp_path / "run"
     run.mkdir()
     for name in ("rate", "actor"):
         (run / name).symlink_to(rated / name)
-    args = {"max_steps": 10, "learning_rate": 2e-4, "per_device_train_batch_size": 8}
+    args = {"save_strategy": "no", "max_steps": 10, "learning_rate": 2e-4, "per_device_train_batch_size": 8}
     of = {"model": {"model": ENCODER, "args": args}, "teacher": {}, "folder": {"by": str(rated / "train/student")}}
     settings = {"by": by, **of[by]}
-    given = recipe(run, tiny_align, reward=settings, rl={"args": short}, align={"held_out_prompts": 4})
+    quick = {"teacher": {"model": str(tiny_causal)}, "rl": {"args": short}, "align": {"held_out_prompts": 4}}
+    given = recipe(run, tiny_align, reward=settings, **quick)
 
     learned, result = reward.run(given), rl.run(given)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def test_a_random_model_gets_better_and_the_result_says_so(tuned: tuple[Recipe, 
     assert result.gain_interval is not None and 0 < result.gain_interval[0] <= result.gain <= result.gain_interval[1]
     assert result.perplexity_after < result.perplexity_before / 10
     assert result.sentence.startswith(f"Better on {result.n_measured} texts held out: held-out perplexity")
-    assert result.n_trained_on + result.n_held_out == result.n_documents and result.n_steps == 20
+    assert result.n_trained_on + result.n_held_out + result.n_copies == result.n_documents and result.n_steps == 20
     assert result.tokens_per_s is not None and result.tokens_per_s > 0
     assert AutoModelForCausalLM.from_pretrained(made.run_folder / "finetune" / "model").num_parameters() > 0
 
@@ -92,13 +93,13 @@ def test_a_second_run_changes_nothing_and_a_changed_one_is_refused(tuned: tuple[
     assert weights.stat().st_mtime_ns == before
 
 
-def test_redo_begins_from_nothing(tmp_path: Path, tiny_causal: Path, texts: list[str]) -> None:
-    path = book(tmp_path / "book.txt", texts)
-    finetune.run(recipe(tmp_path, path, tiny_causal))
-    again = finetune.run(recipe(tmp_path, path, tiny_causal, QUICK | {"max_steps": 3}), redo=True)
+def test_redo_begins_from_nothing(tmp_path: Path, tiny_causal: Path, tuned: tuple[Recipe, FinetuneResult]) -> None:
+    shutil.copytree(tuned[0].run_folder, tmp_path / "run")
+    args = QUICK | {"max_steps": 3, "logging_steps": 2}
+    again = finetune.run(recipe(tmp_path, Path(str(tuned[0].corpus.path)), tiny_causal, args), redo=True)
     assert again.n_steps == 3
     curve = training.read_curve(tmp_path / "run" / "finetune")
-    assert [line["step"] for line in curve if "loss" in line] == [1, 2, 3]
+    assert [line["step"] for line in curve if "loss" in line] == [2]
 
 
 def test_a_killed_run_goes_on_and_does_not_measure_the_model_twice(
@@ -169,6 +170,14 @@ def test_copies_and_near_copies_are_on_one_side(tmp_path: Path, tiny_causal: Pat
     assert {f"{text} One more word." in parts.taught for text in parts.taught if text in texts} == {True}
 
 
+def test_what_stands_in_a_longer_document_that_is_learned_is_not_measured_on(tmp_path: Path, texts: list[str]) -> None:
+    made = recipe(tmp_path, tmp_path, tmp_path, held_out_share=0.5)
+    quoted = [" ".join(text.split()[:40]) for text in texts[:20]]
+    parts = finetune.parted([*texts[:20], *quoted], made)
+    assert not any(text.startswith(short) for short in set(quoted) & set(parts.held_out) for text in parts.taught)
+    assert len(parts.taught) == 20 and len(parts.held_out) == 20 - parts.n_copies > 0 < parts.n_copies
+
+
 def test_a_uniform_draw_is_the_same_whatever_the_order(tmp_path: Path, texts: list[str]) -> None:
     drawn = []
     for name, rows in (("a", texts), ("b", texts[::-1])):
@@ -215,6 +224,10 @@ def test_a_corpus_inside_the_run_folder_is_refused(tmp_path: Path, tiny_causal: 
         ({"model": "runs/no/model"}, "finetune.model: runs/no/model does not exist; give a model folder"),
         ({"prompts": ("word " * 5000,)}, "tokens; beside 8 to be written the model can read 1976: shorten it"),
         ({"args": QUICK | {"max_length": 4096}}, "finetune.args.max_length: 4096 is more than the 2048 tokens"),
+        ({"device": "cuda:1"}, "finetune.device: models are trained on the first GPU; set CUDA_VISIBLE_DEVICES=1 to"),
+        ({"args": QUICK | {"max_length": 1}}, "finetune.args.max_length: 1 tokens are no text; give 8 or more"),
+        ({"args": QUICK | {"max_length": "many"}}, "finetune.args.max_length: input should be a valid integer"),
+        ({"args": QUICK | {"load_best_model_at_end": True}}, "what is held out would choose the checkpoint, and then"),
     ],
 )
 def test_bad_settings_are_one_line_before_anything_is_trained(
@@ -225,6 +238,16 @@ def test_bad_settings_are_one_line_before_anything_is_trained(
     with pytest.raises(UserError, match=message):
         finetune.run(made)
     assert not (tmp_path / "run" / "finetune" / "curve.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"args": {"learning_rat": 1}}, {"args": {"max_steps": "x"}}, {"lora": {"rank": 4}}, {"launch": "none.yaml"}],
+)
+def test_an_argument_that_fails_does_so_before_the_model_is_read(tmp_path: Path, given: dict[str, Any]) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match=r"finetune\.(args|lora|launch)[:.]"):
+        finetune.run(recipe(tmp_path, tmp_path / "none.txt", tmp_path / "model", **given))
 
 
 @pytest.mark.parametrize(

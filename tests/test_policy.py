@@ -17,6 +17,8 @@ from pipeline import config, policy, rewards, training
 from pipeline.errors import UserError
 from pipeline.training import Job
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = {
     "max_steps": 4,
     "per_device_train_batch_size": 16,
@@ -177,7 +179,6 @@ def test_a_reply_without_a_reward_has_no_penalty_either_so_that_it_is_left_out()
     found.log.writes = False
     assert found.score(prompts=asked, completions=said, trainer_state=State()) == [2.0, None]
     assert found.repetition(completions=said) == [pytest.approx(-0.5), None]
-    assert (found.n, found.n_unscored) == (2, 1)
 
 
 def test_dpo_makes_the_better_reply_likelier(tmp_path: Path, tiny_align: Path) -> None:

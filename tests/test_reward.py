@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import config, reward, rewards, training
+from pipeline import config, preferences, reward, rewards, training
 from pipeline.config import Recipe
 from pipeline.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GOOD, BAD = ("class object method", "function value name"), ("import error module", "string number list")
 ABOUT = ("water", "stone", "bread", "light", "wood", "glass", "music", "paper")
@@ -92,18 +94,27 @@ def test_a_teacher_learns_nothing_and_is_held_against_people(recipe_file: Path, 
     assert "prefers the reply that people prefer" in result.sentence
 
 
+def test_pairs_of_people_to_prompts_that_a_reward_learns_from_do_not_judge_it(recipe_file: Path) -> None:
+    rows = [{"user_input": "Who?", "completion": "He.", "score": 0.0}]
+    pairs = [preferences.Preference("Who?", "He.", "She."), preferences.Preference("When?", "Now.", "Then.")]
+    for by, expected in (("student", pairs[1:]), ("model", pairs[1:]), ("teacher", pairs)):
+        given = recipe(recipe_file, rows, by=by)
+        assert reward.unseen(pairs, reward.read(given)[0], given) == expected
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{**row, "score": 2.0} for row in replies()], "replies to learn from have the score 2.0; mend the prompt"),
-        (replies()[:12], "rated replies are there to learn from; rate at least 20"),
+        (replies()[:12], "rated replies are there to learn from; have at least 20, better"),
     ],
 )
+@pytest.mark.parametrize("by", ["student", "model"])
 def test_ratings_that_teach_nothing_are_one_line(
-    recipe_file: Path, tiny_encoder: Path, rows: list[dict[str, Any]], message: str
+    recipe_file: Path, tiny_encoder: Path, by: str, rows: list[dict[str, Any]], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        reward.run(recipe(recipe_file, rows, by="model", model=str(tiny_encoder), args=QUICK))
+        reward.run(recipe(recipe_file, rows, by=by, model=str(tiny_encoder), args=QUICK))
 
 
 def test_changed_settings_are_refused_where_a_training_was_interrupted_and_redo_begins_anew(

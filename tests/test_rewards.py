@@ -125,15 +125,21 @@ def test_a_spent_budget_leaves_replies_without_a_reward_and_says_so(recipe_file:
     assert judge.scores(given, [("Say a number.", "3")], config.Budget())[0] is not None
 
 
+def test_replies_that_the_teacher_does_not_see_whole_are_told_of(
+    recipe_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = config.load_recipe(recipe_file, {"reward": {"by": "teacher"}})
+    judge.scores(given, [("Say a word.", "word " * 200), ("Say a word.", "word")], config.Budget())
+    assert "judge: 1 replies were cut before the teacher saw them whole; raise teacher.document_tokens" in caplog.text
+
+
 # -- preferences of people --------------------------------------------------------------------------------------------
 
 
 def test_accuracy_counts_ties_half_and_leaves_out_what_has_no_reward() -> None:
     known = {"good": 3.0, "bad": 1.0, "same": 3.0, "lost": np.nan}
-    pairs = [
-        preferences.Preference("q", chosen, rejected)
-        for chosen, rejected in [("good", "bad")] * 5 + [("bad", "good")] * 2 + [("good", "same"), ("good", "lost")]
-    ]
+    said = [("good", "bad")] * 5 + [("bad", "good")] * 2 + [("good", "same"), ("good", "lost")]
+    pairs = [preferences.Preference(f"q{i}", *both) for i, both in enumerate(said)]
     found = preferences.accuracy(lambda said: np.array([known[reply] for _, reply in said]), pairs)
 
     assert (found["n"], found["n_unscored"]) == (8, 1)
@@ -142,6 +148,23 @@ def test_accuracy_counts_ties_half_and_leaves_out_what_has_no_reward() -> None:
     assert low < 5.5 / 8 < high
     assert low >= 0
     assert high <= 1
+
+
+def test_many_pairs_to_a_few_prompts_tell_no_more_than_these_prompts() -> None:
+    known, won = {"good": 1.0, "bad": 0.0}, (True, True, True, False, True, False)
+    sides = [("good", "bad") if is_won else ("bad", "good") for is_won in won]
+
+    def interval(times: int) -> Any:
+        pairs = [preferences.Preference(f"q{i}", *both) for i, both in enumerate(sides) for _ in range(times)]
+        return preferences.accuracy(lambda said: np.array([known[reply] for _, reply in said]), pairs)["interval"]
+
+    assert interval(20) == interval(1)
+
+
+def test_a_preference_on_several_turns_is_read_as_prepare_writes_it(tmp_path: Path) -> None:
+    asked = "\n\nHuman: Hello.\n\nAssistant: Hi!\n\nHuman: Who?\n\nAssistant:"
+    (tmp_path / "pairs.json").write_text(json.dumps([{"prompt": asked, "chosen": "b", "rejected": "c"}]), "utf-8")
+    assert preferences.read(tmp_path / "pairs.json")[0].prompt == "Hello.\n\nAssistant: Hi!\n\nUser: Who?"
 
 
 @pytest.mark.parametrize("name", ["pairs.json", "pairs.jsonl", "pairs.parquet"])
@@ -164,6 +187,10 @@ def test_pairs_are_read_from_json_json_lines_and_parquet(tmp_path: Path, name: s
         ('{"prompt": "a", "chosen": "b"}', "pairs.jsonl, row 1 has no text 'rejected'; there are: prompt, chosen"),
         ("", "has no rows"),
         ("nonsense", "neither a JSON array nor JSON lines"),
+        (
+            '{"prompt": "Human: a\\n\\nAssistant: d", "chosen": "b", "rejected": "c"}',
+            "row 1: the last turn is not the",
+        ),
     ],
 )
 def test_pairs_that_cannot_be_read_are_one_line(tmp_path: Path, content: str, message: str) -> None:

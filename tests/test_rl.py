@@ -9,9 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM
 
-from pipeline import config, gains, policy, rl, training
+from pipeline import before_after, config, gains, policy, rl, training
 from pipeline.config import Recipe
 from pipeline.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = {"max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 2, "learning_rate": 1e-3}
 
@@ -48,6 +50,17 @@ def test_a_spent_budget_ends_the_learning_and_the_result_says_so(recipe_file: Pa
     assert 0 < result.n_steps < 30
     assert result.n_unrewarded > 0
     assert result.teacher_after is not None
+    with pytest.raises(UserError, match=r"reward.budget_tokens changed from 400 to None .* run again with --redo"):
+        rl.run(recipe(recipe_file, tiny_align, rl=settings["rl"]))
+
+
+def test_held_out_replies_that_a_budget_left_unjudged_are_no_result(recipe_file: Path, tiny_align: Path) -> None:
+    given, pairs = recipe(recipe_file, tiny_align), [("what is my cat", "good"), ("what is my dog", "bad")]
+    poor = given.model_copy(update={"rate": given.rate.model_copy(update={"budget_tokens": 1})})
+    prompts, replies = (list(side) for side in zip(*pairs, strict=True))
+    with pytest.raises(UserError, match=r"rl: rate.budget_tokens is spent before all replies to held-out prompts"):
+        before_after.judge(poor, prompts, (replies, replies[::-1]))
+    assert np.isfinite(before_after.judge(given, prompts, (replies, replies[::-1])).teacher).all()
 
 
 def test_an_interrupted_rl_refuses_other_settings_and_is_not_trained_again_once_the_model_is_there(
@@ -62,7 +75,7 @@ def test_an_interrupted_rl_refuses_other_settings_and_is_not_trained_again_once_
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(rl, "judge", killed)
+        patch.setattr(before_after, "judge", killed)
         rl.run(given)
     other = recipe(recipe_file, tiny_align, rl={"args": {**QUICK, "max_steps": 3}})
     with pytest.raises(UserError, match=r"rl.args.max_steps changed from 2 to 3 .* run again with --redo"):
@@ -116,9 +129,27 @@ def test_prompts_longer_than_the_context_are_left_out_and_counted(
     assert result.n_prompts + result.n_held_out == 64
 
 
-def test_without_an_actor_there_is_one_line(recipe_file: Path, tiny_align: Path) -> None:
-    with pytest.raises(UserError, match="there is no actor to improve; run gristmill align actor first"):
-        rl.run(recipe(recipe_file, tiny_align, rl={"model": None}))
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_without_a_finished_actor_there_is_one_line(recipe_file: Path, tiny_align: Path, is_begun: bool) -> None:
+    given = recipe(recipe_file, tiny_align, rl={"model": None})
+    if is_begun:
+        (given.run_folder / "actor" / "checkpoints").mkdir(parents=True)
+        actor = given.actor.model_copy(update={"model": str(tiny_align / "model")})
+        given = given.model_copy(update={"actor": actor})
+    with pytest.raises(UserError, match="there is no actor to improve; run gristmill align actor to its end"):
+        rl.run(given)
+
+
+@pytest.mark.parametrize("step", ["actor", "rate"])
+def test_prompts_that_an_earlier_step_may_have_learned_from_judge_nothing(
+    recipe_file: Path, tiny_align: Path, step: str
+) -> None:
+    given = recipe(recipe_file, tiny_align)
+    made: dict[str, Any] = {"held_out_share": 0.1} if step == "actor" else {"align": {"held_out_share": 0.1}}
+    (given.run_folder / step).mkdir(parents=True)
+    (given.run_folder / step / "inputs.json").write_text(json.dumps({**made, "seed": 0}), encoding="utf-8")
+    with pytest.raises(UserError, match=f"rl: held_out_share is 0.2, and was 0.1 in align {step}, so that other"):
+        rl.run(given)
 
 
 # -- what is said of it -----------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -133,11 +135,38 @@ def test_the_loss_on_rows_held_out_is_looked_at_before_and_after(
     assert looks[-1]["eval_loss"] < looks[0]["eval_loss"] - 3
 
 
-def test_when_the_loss_is_looked_at_is_for_the_recipe_to_say(tmp_path: Path, tiny_causal: Path, rows: Path) -> None:
-    args = {"eval_strategy": "steps", "eval_steps": 3, "eval_on_start": False}
-    folder = training.run(job(tmp_path, tiny_causal, rows, args=args, held_out=rows))
+def test_when_the_loss_is_looked_at_is_for_the_recipe_to_say_and_the_end_is_looked_at_too(
+    tmp_path: Path, tiny_causal: Path, rows: Path
+) -> None:
+    args = {"eval_strategy": "steps", "eval_steps": 3, "save_steps": 2, "max_steps": 4}
+    given = job(tmp_path, tiny_causal, rows, args=args, held_out=rows)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "merged", interrupted)
+        training.run(given)
+    shutil.rmtree(given.folder / "checkpoints" / "checkpoint-4")
+    training.run(given)
 
-    assert [line["step"] for line in training.read_curve(folder.parent) if "eval_loss" in line] == [3, 6]
+    looks = [line["step"] for line in training.read_curve(given.folder) if "eval_loss" in line]
+    assert looks == [0, 3, 4], "going on from a checkpoint is no start"
+
+
+def interrupted(*_: Any) -> None:
+    """As by Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def test_a_loss_that_is_no_number_ends_the_training(tmp_path: Path, tiny_causal: Path, rows: Path) -> None:
+    args = {"learning_rate": 1e30, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    with pytest.raises(UserError, match=r"finetune: the loss is nan at step 2; lower finetune\.args\.learning_rate"):
+        training.run(job(tmp_path, tiny_causal, rows, args=args))
+
+
+def test_a_model_whose_output_is_no_number_is_refused(tmp_path: Path, tiny_causal: Path) -> None:
+    tokenizer, model = language_model.load(str(tiny_causal), "model")
+    model.lm_head.weight.data.fill_(float("nan"))
+    language_model.save(tmp_path / "broken", tokenizer, model)
+    with pytest.raises(UserError, match=r"model: .*broken says nothing: its output is no number"):
+        language_model.load(str(tmp_path / "broken"), "model")
 
 
 def test_a_text_longer_than_a_block_is_learned_whole(tmp_path: Path, tiny_causal: Path, texts: list[str]) -> None:
@@ -169,6 +198,20 @@ def test_several_processes_train_one_model_and_one_of_them_writes(
     weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (alone, together)]
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-3) for name in weights[0])
     assert {path.name for path in together.parent.iterdir()} == {"model", "curve.jsonl", "job.json"}
+
+
+@pytest.mark.parametrize(("stage", "expected"), [(None, False), (2, False), (3, True)])
+def test_only_from_zero_stage_3_on_weights_lie_in_pieces(stage: int | None, expected: bool) -> None:
+    deepspeed = None if stage is None else SimpleNamespace(zero_stage=stage)
+    trainer = SimpleNamespace(
+        is_fsdp_enabled=False, accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=deepspeed))
+    )
+    assert training.in_pieces(trainer) == expected
+
+
+def test_a_launch_that_is_not_there_is_one_line(tmp_path: Path, tiny_causal: Path, rows: Path) -> None:
+    with pytest.raises(UserError, match=r"finetune\.launch: none\.yaml does not exist"):
+        training.run(job(tmp_path, tiny_causal, rows), Path("none.yaml"))
 
 
 def test_a_block_longer_than_the_context_is_refused(tmp_path: Path, tiny_causal: Path, rows: Path) -> None:

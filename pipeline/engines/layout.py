@@ -75,7 +75,7 @@ class Layout:
                 f" {context}; shorten the rubric or lower --teacher.max-tokens"
             )
         if free < asked:
-            log.info("documents are cut to %d tokens: the model's context holds no more", free)
+            log.info("the model's context holds texts of at most %d tokens", free)
         return int(min(free, asked))
 
     def row(self, question: Question) -> Row:
