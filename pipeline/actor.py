@@ -144,19 +144,10 @@ def job_of(work: Stage, model: str, parts: Parts) -> Job:
     drawn = sorted(parts.held_out, key=lambda row: text_id(f"{recipe.seed}:{row.user_input}"))
     held_out, longest = drawn[: recipe.align.held_out_prompts], max_length(recipe, model)
     looks = {"eval_strategy": "epoch", "eval_on_start": True} if held_out else {}
-    return Job(
-        trainer="sft",
-        section="actor",
-        model=model,
-        revision=actor.revision,
-        rows=written(work.folder / "rows.parquet", parts.taught),
-        held_out=written(work.folder / "held_out.parquet", held_out) if held_out else None,
-        folder=work.folder,
-        args={**looks, **actor.args, "max_length": int(longest) if math.isfinite(longest) else None},
-        lora=actor.lora,
-        device=actor.device,
-        seed=recipe.seed,
-    )
+    args = {**looks, **actor.args, "max_length": int(longest) if math.isfinite(longest) else None}
+    rows = written(work.folder / "rows.parquet", parts.taught)
+    judged = written(work.folder / "held_out.parquet", held_out) if held_out else None
+    return training.job(work, actor, trainer="sft", model=model, rows=rows, held_out=judged, args=args)
 
 
 def written(path: Path, rows: Sequence[Exchange]) -> Path:

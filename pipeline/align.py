@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pipeline import (
     actor,
+    arguments,
     conversations,
     language_model,
     models,
@@ -14,7 +15,6 @@ from pipeline import (
     rate_replies,
     rewards,
     train,
-    training,
 )
 from pipeline.config import Recipe
 from pipeline.conversations import Exchange
@@ -85,5 +85,5 @@ def check_arguments(recipe: Recipe) -> None:
     on_policy = getattr(trl, policy.KINDS[recipe.rl.algorithm].config)
     kinds = {"reward": transformers.TrainingArguments, "rl": on_policy}
     for section, kind in kinds.items():
-        training.known(kind, getattr(recipe, section).args, f"{section}.args")
-        training.known(peft.LoraConfig, getattr(recipe, section).lora, f"{section}.lora")
+        arguments.known(kind, getattr(recipe, section).args, f"{section}.args")
+        arguments.known(peft.LoraConfig, getattr(recipe, section).lora, f"{section}.lora")

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import language_model, rewards, training
+from pipeline import arguments, language_model, rewards, training
 from pipeline.errors import needs
 from pipeline.training import Job
 
@@ -22,7 +22,7 @@ def train(job: Job) -> None:
     rows = datasets.Dataset.from_parquet(str(job.rows), cache_dir=str(job.folder / "cache"))
     scores = np.array(rows["score"], dtype=np.float64)
     model.config.score_offset, model.config.score_slope = float(scores.mean()), float(scores.std())
-    settings = training.arguments(transformers.TrainingArguments, job, DEFAULTS)
+    settings = arguments.of(transformers.TrainingArguments, job, DEFAULTS)
     trainer = transformers.Trainer(
         model=adapted(model, job),
         args=settings,
@@ -35,7 +35,7 @@ def train(job: Job) -> None:
 
 def adapted(model: Any, job: Job) -> Any:
     """The model with the adapter that is trained, where LoRA is asked for."""
-    settings = training.lora(job)
+    settings = arguments.lora(job)
     return model if settings is None else needs("peft", "finetune").get_peft_model(model, settings)
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.arguments import configured
 from pipeline.encoder import Encoder
 from pipeline.errors import needs
 from pipeline.heads import known
 from pipeline.metrics import Bools, Floats
 from pipeline.student import Head, Layer
 from pipeline.targets import Target, TrainingSet
-from pipeline.training import configured
 
 log = logging.getLogger("gristmill")
 

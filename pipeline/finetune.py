@@ -174,19 +174,9 @@ def job(work: Stage, parts: Parts) -> Job:
     """The training; the loss on what is held out is looked at where args.eval_strategy says when."""
     settings = work.recipe.finetune
     held_out = written(work.folder / "held_out.parquet", parts.held_out[: settings.held_out_documents])
-    return Job(
-        trainer="sft",
-        section="finetune",
-        model=required(settings.model, "finetune.model", ""),
-        revision=settings.revision,
-        rows=written(work.folder / "rows.parquet", parts.taught),
-        held_out=held_out if settings.args.get("eval_strategy", "no") != "no" else None,
-        folder=work.folder,
-        args=settings.args,
-        lora=settings.lora,
-        device=settings.device,
-        seed=work.recipe.seed,
-    )
+    looked = held_out if settings.args.get("eval_strategy", "no") != "no" else None
+    rows = written(work.folder / "rows.parquet", parts.taught)
+    return training.job(work, settings, trainer="sft", rows=rows, held_out=looked)
 
 
 def written(path: Path, texts: Sequence[str]) -> Path:

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline import language_model, rewards, training
+from pipeline import arguments, language_model, rewards, training
 from pipeline.config import Recipe, load_recipe
 from pipeline.errors import UserError, needs, required
 from pipeline.judge import Judge, Pair
 from pipeline.models import pick_device
 from pipeline.rewards import Reward
-from pipeline.storage import write_text
+from pipeline.storage import read_lines, write_text
 from pipeline.training import Job
 
 CONVERSATIONS, ENDED = "conversations.jsonl", "ended.json"
@@ -75,14 +75,14 @@ def train(job: Job) -> None:
 def made(job: Job, recipe: Recipe, model: Any, tokenizer: Any, rows: Any, **more: Any) -> Any:
     """TRL's trainer of the job."""
     trl, kind = needs("trl", "finetune"), KINDS[job.trainer]
-    settings = training.arguments(getattr(trl, kind.config), job, {**kind.defaults, **of_replies(job, recipe)})
+    settings = arguments.of(getattr(trl, kind.config), job, {**kind.defaults, **of_replies(job, recipe)})
     check_batch(len(rows), settings)
     return getattr(trl, kind.trainer)(
         model=model,
         args=settings,
         train_dataset=rows,
         processing_class=tokenizer,
-        peft_config=training.lora(job),
+        peft_config=arguments.lora(job),
         **more,
     )
 
@@ -189,7 +189,7 @@ class Conversations:
         self.path, at = path, int(begun.name.rpartition("-")[2]) if begun else 0
         self.writes = bool(needs("accelerate", "finetune").PartialState().is_main_process)
         if self.writes:
-            kept = [line for line in read(path) if line["step"] < at]
+            kept = [line for line in read_lines(path) if line["step"] < at]
             write_text(path, "".join(map(line_of, kept)))
 
     def add(self, step: int, pairs: Sequence[Pair], found: Sequence[float | None]) -> None:
@@ -208,14 +208,3 @@ class Conversations:
 def line_of(values: dict[str, Any]) -> str:
     """A JSON line."""
     return json.dumps(values, ensure_ascii=False) + "\n"
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The log of replies; a line cut by a crash is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import arms, corpus, scratch, training
+from pipeline import arms, corpus, scratch
+from pipeline.arguments import typed
 from pipeline.arms import Drawn
 from pipeline.config import Prove, Recipe
 from pipeline.errors import UserError
@@ -109,7 +110,7 @@ def arguments(settings: Prove) -> dict[str, Any]:
 
 def block_length(settings: Prove) -> int:
     """Tokens of a block."""
-    return int(training.typed("int", arguments(settings)["max_length"], "prove.args.max_length"))
+    return int(typed("int", arguments(settings)["max_length"], "prove.args.max_length"))
 
 
 def words(settings: Prove, folder: Path, whole: Sequence[str]) -> Any:

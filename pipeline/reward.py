@@ -170,18 +170,8 @@ def job(work: Stage, taught: list[Exchange]) -> Job:
     """The training of a classifier."""
     settings, rows = work.recipe.reward, work.folder / "rows.parquet"
     write_table(rows, pa.Table.from_pylist([each._asdict() for each in taught]))
-    return Job(
-        trainer="classifier",
-        section="reward",
-        model=required(settings.model, "reward.model", "answerdotai/ModernBERT-base"),
-        revision=settings.revision,
-        rows=rows,
-        folder=work.folder,
-        args=settings.args,
-        lora=settings.lora,
-        device=settings.device,
-        seed=work.recipe.seed,
-    )
+    required(settings.model, "reward.model", "answerdotai/ModernBERT-base")
+    return training.job(work, settings, trainer="classifier", rows=rows)
 
 
 # -- the result -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.gains import NOTHING, compared, sentence, warning
 from pipeline.metrics import Interval
 from pipeline.reward import RATED
-from pipeline.storage import content, write_table
+from pipeline.storage import content, read_lines, write_table
 from pipeline.teacher import identity
 from pipeline.tracking import Result, Stage, read_json, stage
 from pipeline.training import Job
@@ -213,20 +213,10 @@ def pairs_of(recipe: Recipe, model: str) -> tuple[pa.Table, int]:
 
 def job(work: Stage, begin: Start) -> Job:
     """The training, its rows written."""
-    recipe, rl = work.recipe, work.recipe.rl
+    rl = work.recipe.rl
     write_table(work.folder / ROWS, begin.rows)
-    return Job(
-        trainer=rl.algorithm,
-        section="rl",
-        model=begin.model,
-        rows=work.folder / ROWS,
-        folder=work.folder,
-        args=rl.args,
-        lora=rl.lora,
-        device=rl.device,
-        seed=recipe.seed,
-        recipe=work.folder / "recipe.yaml",
-    )
+    given = {"trainer": rl.algorithm, "model": begin.model, "revision": None}  # of a folder that has the revision
+    return training.job(work, rl, **given, rows=work.folder / ROWS, recipe=work.folder / "recipe.yaml")
 
 
 # -- the result -------------------------------------------------------------------------------------------------------
@@ -255,7 +245,7 @@ def summarise(work: Stage, begin: Start, model: str, judged: Judged) -> RLResult
         reward_after=reward.after,
         reward_gain=reward.gain,
         n_unscored=len(begin.held_out) - teacher.n,
-        n_unrewarded=sum(line["reward"] is None for line in policy.read(work.folder / policy.CONVERSATIONS)),
+        n_unrewarded=sum(line["reward"] is None for line in read_lines(work.folder / policy.CONVERSATIONS)),
         stopped_by=ended.get("stopped_by"),
         n_asked=judged.n_asked + ended.get("n_asked", 0),
         usd=sum(costs) if costs else None,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline import config, language_model, training
+from pipeline import arguments, config, language_model, training
 from pipeline.errors import UserError, needs
 from pipeline.models import pick_device
 from pipeline.training import Job
@@ -19,10 +19,10 @@ FEWEST_TOKENS = 8
 def check(settings: config.Training, section: str) -> None:
     """Refuse what SFTConfig and LoraConfig do not take, and a launch that is not there, before anything is loaded."""
     trl, peft = needs("trl", "finetune"), needs("peft", "finetune")
-    training.check_device(settings.device, section)
+    arguments.check_device(settings.device, section)
     training.check_launch(settings.launch, section)
-    args = training.known(trl.SFTConfig, settings.args, f"{section}.args")
-    training.known(peft.LoraConfig, settings.lora, f"{section}.lora")
+    args = arguments.known(trl.SFTConfig, settings.args, f"{section}.args")
+    arguments.known(peft.LoraConfig, settings.lora, f"{section}.lora")
     length = args.get("max_length")
     if length is not None and length < FEWEST_TOKENS:
         raise UserError(f"{section}.args.max_length: {length} tokens are no text; give {FEWEST_TOKENS} or more")
@@ -45,7 +45,7 @@ def train(job: Job) -> None:
     }
     has_replies = "completion" in parts["rows"].column_names
     looks = {"eval_strategy": "epoch", "eval_on_start": True} if job.held_out else {}
-    settings = training.arguments(trl.SFTConfig, job, (REPLIES if has_replies else TEXTS) | looks)
+    settings = arguments.of(trl.SFTConfig, job, (REPLIES if has_replies else TEXTS) | looks)
     if settings.max_length is not None:
         check_context(settings.max_length, model, job.section)
     if has_replies:
@@ -57,7 +57,7 @@ def train(job: Job) -> None:
         train_dataset=parts["rows"],
         eval_dataset=parts.get("held_out"),
         processing_class=tokenizer,
-        peft_config=training.lora(job),
+        peft_config=arguments.lora(job),
     )
     if len(trainer.train_dataset) == 0:
         raise UserError(

@@ -1,8 +1,6 @@
 """Training a language model through TRL and Transformers: a job on disk, done in this process or launched into several
 (python -m pipeline.training JOB), that goes on from its last checkpoint."""
 
-import dataclasses
-import difflib
 import importlib
 import json
 import math
@@ -11,19 +9,18 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PydanticSchemaGenerationError, TypeAdapter, ValidationError
+from pydantic import Field
 
-from pipeline import language_model
+from pipeline import config, language_model
 from pipeline.config import Settings
 from pipeline.errors import UserError, needs
-from pipeline.models import multiplies_bfloat16, pick_device
-from pipeline.storage import write_text
-from pipeline.tracking import Step, progress, read_json
+from pipeline.storage import read_lines, write_text
+from pipeline.tracking import Stage, Step, progress, read_json
 
 CURVE, MODEL, CHECKPOINTS = "curve.jsonl", "model", "checkpoints"
 """What a training leaves in its folder: a line for each time it logged, the whole model, and where it can go on."""
@@ -38,18 +35,6 @@ TRAINERS = {
     "classifier": "pipeline.classifier",
 }
 """Modules with a function `train(job)`."""
-
-EVERYWHERE = {
-    "logging_steps": 1,
-    "logging_nan_inf_filter": False,
-    "save_steps": 100,
-    "save_total_limit": 2,
-    "report_to": [],
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.05,
-    "dataloader_pin_memory": False,
-}
-"""Arguments of every trainer where the recipe says nothing."""
 
 
 class Job(Settings):
@@ -67,13 +52,20 @@ class Job(Settings):
     """The same of what only the loss is looked at."""
     folder: Path
     args: dict[str, Any] = Field(default_factory=dict)
-    """Laid over the trainer's defaults and EVERYWHERE, then handed to its configuration."""
+    """Laid over the trainer's defaults, then handed to its configuration."""
     lora: dict[str, Any] = Field(default_factory=dict)
     """Passed verbatim to peft's LoraConfig; empty trains all weights."""
     device: str | None = None
     seed: int = 0
     recipe: Path | None = None
     """A resolved recipe, for trainers that ask a teacher or a student."""
+
+
+def job(work: Stage, settings: config.Training, **given: Any) -> Job:
+    """The training of a stage in its folder, with the settings of its section where none are `given`."""
+    own = settings.model_dump(include={"model", "revision", "args", "lora", "device"})
+    where = {"section": work.name, "folder": work.folder, "seed": work.recipe.seed}
+    return Job.model_validate({**own, **where, **given})
 
 
 def run(job: Job, launch: Path | None = None) -> Path:
@@ -114,97 +106,10 @@ def launched(job: Job, launch: Path) -> None:
         )
 
 
-# -- settings ---------------------------------------------------------------------------------------------------------
-
-
-def arguments(kind: Any, job: Job, defaults: dict[str, Any]) -> Any:
-    """A configuration class of TRL or Transformers with the job's arguments over the defaults; refuses what it does
-    not take."""
-    ours = {
-        "output_dir": str(job.folder / CHECKPOINTS),
-        "seed": job.seed,
-        "disable_tqdm": True,
-        **checkpointing(kind, job.args),
-        **precision(pick_device(job.device)),
-    }
-    check_device(job.device, job.section)
-    found = configured(kind, {**EVERYWHERE, **defaults, **ours, **job.args}, f"{job.section}.args", job.args)
-    found._n_gpu = min(found.n_gpu, 1)  # else a single process takes a batch for each GPU there is
-    return found
-
-
-def check_device(device: str | None, section: str) -> None:
-    """Refuse a GPU by number, which Transformers does not look at."""
-    number = (device or "").partition(":")[2]
-    if number.strip("0"):
-        raise UserError(
-            f"{section}.device: models are trained on the first GPU; set CUDA_VISIBLE_DEVICES={number} to make it that"
-            f" one, or give {section}.launch for several"
-        )
-
-
 def check_launch(launch: Path | None, section: str) -> None:
     """Refuse a configuration file that is not there."""
     if launch is not None and not launch.exists():
         raise UserError(f"{section}.launch: {launch} does not exist; give a file that accelerate config writes")
-
-
-def checkpointing(kind: Any, given: Iterable[str]) -> dict[str, Any]:
-    """No recomputing of activations where the recipe says nothing, by the name that this version has for it."""
-    old, new = "gradient_checkpointing", "activation_checkpointing"
-    if {old, new} & set(given):
-        return {old: None} if new in given else {}
-    return {old: None, new: False} if new in {field.name for field in dataclasses.fields(kind)} else {old: False}
-
-
-def precision(device: str) -> dict[str, Any]:
-    """Where it runs; half precision only where the GPU has it, as TRL would ask for it everywhere."""
-    on_cpu = device == "cpu"
-    return {"use_cpu": on_cpu, "bf16": not on_cpu and device.startswith("cuda") and multiplies_bfloat16(device)}
-
-
-def configured(kind: Any, values: dict[str, Any], setting: str, given: Iterable[str]) -> Any:
-    """An instance of a configuration dataclass, of which the recipe has `given` some values."""
-    read = known(kind, {name: values[name] for name in given}, setting)
-    try:
-        return kind(**{**values, **read})
-    except (TypeError, ValueError, ImportError, OSError) as error:
-        raise UserError(f"{setting}: {' '.join(str(error).split())[:300]}") from None
-
-
-def known(kind: Any, given: dict[str, Any], setting: str) -> dict[str, Any]:
-    """Values as the fields of a configuration dataclass hold them; the first key that it has no field for is named."""
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
-    for name in given:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            told = f"did you mean {near[0]}?" if near else f"see the documentation of {kind.__name__}"
-            raise UserError(f"{setting}: {name!r} is not an argument of {kind.__name__}; {told}")
-    return {name: typed(fields[name].type, value, f"{setting}.{name}") for name, value in given.items()}
-
-
-PLAIN = {"int": int, "float": float, "bool": bool}
-
-
-def typed(kind: Any, value: Any, setting: str) -> Any:
-    """A value of the recipe as what the field holds: to YAML, 1e-4 is a text."""
-    kind = PLAIN.get(kind, Any) if isinstance(kind, str) else kind
-    try:
-        return TypeAdapter(kind).validate_python(value)
-    except ValidationError as error:
-        told = error.errors()[0]["msg"]
-        raise UserError(f"{setting}: {told[0].lower()}{told[1:]}, got {value!r}") from None
-    except PydanticSchemaGenerationError:
-        return value
-
-
-def lora(job: Job) -> Any:
-    """The LoraConfig, or None where all weights are trained."""
-    if not job.lora:
-        return None
-    peft = needs("peft", "finetune")
-    task = {"task_type": "SEQ_CLS" if job.trainer == "classifier" else "CAUSAL_LM"}
-    return configured(peft.LoraConfig, {**task, **job.lora}, f"{job.section}.lora", job.lora)
 
 
 def check_chat_template(tokenizer: Any, setting: str, model: str) -> None:
@@ -277,14 +182,8 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def read_curve(folder: Path) -> list[dict[str, Any]]:
-    """What a training logged, in the order of steps; a line cut by a crash is left out."""
-    path, found = folder / CURVE, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+    """What a training logged, in the order of steps."""
+    return read_lines(folder / CURVE)
 
 
 def watcher(job: Job, begun: Path | None) -> Any:

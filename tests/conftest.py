@@ -4,13 +4,11 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other make small models several times slower
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -179,26 +177,6 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextmanager
-def on_one_thread() -> Iterator[None]:
-    """So small a model learns several times faster on one thread than on two that wait for each other."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """The same for a test."""
-    with on_one_thread():
-        yield
-
-
 @pytest.fixture(scope="session")
 def tiny_align(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What scripts/align_tiny.py makes (model, actor.json, prompts.json), and `actor`, the model taught to reply."""
@@ -213,10 +191,8 @@ def tiny_align(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
     args = {"max_steps": 120, "learning_rate": 3e-3, "per_device_train_batch_size": 16, "max_length": 64}
     given = {"trainer": "sft", "section": "actor", "model": str(folder / "model"), "device": "cpu", "args": args}
-    with on_one_thread():
-        made = training.run(
-            training.Job.model_validate({**given, "rows": folder / "rows.parquet", "folder": folder / "sft"})
-        )
+    where = {"rows": folder / "rows.parquet", "folder": folder / "sft"}
+    made = training.run(training.Job.model_validate({**given, **where}))
     made.rename(folder / "actor")
     return folder
 

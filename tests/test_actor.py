@@ -13,8 +13,6 @@ from pipeline import actor, conversations, replies, training
 from pipeline.config import Recipe
 from pipeline.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 QUICK = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 5e-3, "max_length": 64}
 ROWS = [{"user_input": f"What is {i} and 1?", "completion": f"It is {i + 1}."} for i in range(20)]
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from datasets import Dataset
 from endpoint import Asked, Endpoint, Reply, error, says, serve
 from sklearn.base import clone
@@ -29,12 +28,9 @@ TEMPLATE = "{{ question }} ({{n}}, {{ of.author }})"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small models are slower on many threads, and much slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def closed() -> Iterator[None]:
+    """No model stays loaded."""
     yield
-    torch.set_num_threads(before)
     generation.LOADED.close()
 
 

@@ -44,18 +44,6 @@ def _no_pauses() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Here and in the processes to be killed: threads that wait for each other are slow on a busy machine."""
-    import torch
-
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 def wait_for(ready: Callable[[], bool], process: Process) -> None:
     """Until the moment has come, in a process that is still at work."""
     deadline = time.monotonic() + 60
@@ -195,7 +183,6 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path: Path) -> None:
 # -- rating and scoring on this machine
 
 
-@pytest.mark.usefixtures("_one_thread")
 def test_rating_on_this_machine_survives_kill_9(tmp_path: Path, tiny_causal: Path, texts: list[str]) -> None:
     choices = [{"value": 5, "answers": [" educational"]}, {"value": 0, "answers": [" spam"]}]
     n = 300
@@ -235,7 +222,6 @@ def scored(r: Recipe) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} if folder.exists() else {}
 
 
-@pytest.mark.usefixtures("_one_thread")
 def test_trap_16_scoring_survives_kill_9_with_the_same_bytes_in_every_shard(
     tmp_path: Path, tiny_encoder: Path, texts: list[str]
 ) -> None:

@@ -10,7 +10,6 @@ import random
 import shutil
 import string
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,15 +158,6 @@ def changed(folder: Path, target: Path, **config: Any) -> Path:
     path = target / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     return target
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small models are slower on many threads, and much slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import config, policy, rewards, training
 from pipeline.errors import UserError
+from pipeline.storage import read_lines
 from pipeline.training import Job
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = {
     "max_steps": 4,
@@ -90,7 +89,7 @@ def test_every_reply_is_kept_with_its_reward_and_both_rewards_are_logged_apart(
 ) -> None:
     made = training.run(job(tmp_path / "rl", tiny_align / "actor", rows))
 
-    said = policy.read(made.parent / "conversations.jsonl")
+    said = read_lines(made.parent / "conversations.jsonl")
     assert [line["step"] for line in said] == [step for step in range(4) for _ in range(16)]
     assert {line["reward"] for line in said} == {0.0, 5.0}
     assert all((line["reward"] == 5.0) == is_kind(line["completion"]) for line in said)
@@ -159,7 +158,7 @@ def test_a_reward_that_fails_keeps_the_checkpoints_and_the_same_job_goes_on_with
 
     training.run(begun)
 
-    steps = [line["step"] for line in policy.read(begun.folder / "conversations.jsonl")]
+    steps = [line["step"] for line in read_lines(begun.folder / "conversations.jsonl")]
     assert steps == [step for step in range(6) for _ in range(16)]
     assert len(calls) == 4 + 4
     logged = [line["step"] for line in training.read_curve(begun.folder) if "loss" in line]

@@ -12,8 +12,6 @@ from pipeline import config, preferences, reward, rewards, training
 from pipeline.config import Recipe
 from pipeline.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 GOOD, BAD = ("class object method", "function value name"), ("import error module", "string number list")
 ABOUT = ("water", "stone", "bread", "light", "wood", "glass", "music", "paper")
 

@@ -9,11 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM
 
-from pipeline import before_after, config, gains, policy, rl, training
+from pipeline import before_after, config, gains, rl, training
 from pipeline.config import Recipe
 from pipeline.errors import UserError
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from pipeline.storage import read_lines
 
 QUICK = {"max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 2, "learning_rate": 1e-3}
 
@@ -32,7 +31,7 @@ def test_rl_is_judged_by_the_teacher_on_prompts_it_did_not_learn_from(recipe_fil
 
     folder = given.run_folder / "rl"
     table = pq.read_table(folder / "replies.parquet").to_pydict()
-    taught = {line["user_input"] for line in policy.read(folder / "conversations.jsonl")}
+    taught = {line["user_input"] for line in read_lines(folder / "conversations.jsonl")}
     assert result.n_held_out == len(table["user_input"]) == 8
     assert not taught & set(table["user_input"])
     assert result.gain == pytest.approx(np.mean(table["teacher_after"]) - np.mean(table["teacher_before"]))
