@@ -13,6 +13,8 @@ from itertools import product
 from pathlib import Path
 from random import Random
 
+from pipeline.cli import quieten_libraries
+
 ASKS = ("tell me about", "what is", "say something of", "how is")
 OWNERS = ("the", "my")
 THINGS = ("cat", "dog", "friend", "house", "day", "garden", "song", "town")
@@ -36,6 +38,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="where they go")
     parser.add_argument("--seed", type=int, default=0, help="of the model's weights and of the replies")
     given = parser.parse_args()
+    quieten_libraries()
     prompts = make(given.folder, given.seed)
     print(f"{len(prompts)} prompts, {REPLIES} replies to each and a model of {len(words())} words in {given.folder}")
     return 0
