@@ -48,7 +48,7 @@ def encoder(folder: Path, **settings: object) -> Encoder:
 def way(made: Encoder) -> Way:
     """How the encoder computes."""
     made.ready()
-    return made.lanes.get().way
+    return made.first_lane.way
 
 
 def alone(folder: Path, made: Encoder, texts: list[str], pooling: str) -> np.ndarray:
