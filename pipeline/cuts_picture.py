@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import needs
-from pipeline.pictures import BLUE, FAINT, GREY, INK, LIGHT, ORANGE
+from pipeline.pictures import BLUE, FAINT, GREY, INK, LIGHT, ORANGE, plain
 from pipeline.storage import atomic
 
 SHADES = ("#A9CFE8", "#56B4E9", "#0072B2", "#003B5C")
@@ -55,13 +55,6 @@ def note(result: Result) -> str:
         f"Good: at least {result['good_from']:g} by the teacher, estimated for the corpus from {result['n_judged']:,}"
         f" documents of the {source}, weighted by stratum of the score. Bands: 95% intervals. {tokens}{sample}"
     )
-
-
-def plain(axis: Any) -> None:
-    """Only what is needed to read the values."""
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(GREY)
-    axis.tick_params(color=GREY, labelcolor=INK)
 
 
 def whole_cuts(result: Result) -> list[Result]:

@@ -233,6 +233,13 @@ def dots(names: Sequence[str], values: Sequence[float], bands: Sequence[Band], l
     return made[0]
 
 
+def plain(axis: Any) -> None:
+    """Only what is needed to read the values."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(GREY)
+    axis.tick_params(color=GREY, labelcolor=INK)
+
+
 def legend(axes: Axes, n_series: int) -> None:
     """The names of several series, above the chart."""
     if n_series > 1:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import needs
-from pipeline.pictures import BLUE, FAINT, GREY, INK, ORANGE
+from pipeline.pictures import BLUE, FAINT, GREY, INK, ORANGE, plain
 from pipeline.storage import atomic
 
 COLOURS = {"kept": BLUE, "random": GREY, "rejected": ORANGE}
@@ -24,6 +24,7 @@ def draw(path: Path, result: Result) -> None:
         draw_curves(right, result["arms"])
         for axis in (left, right):
             plain(axis)
+            axis.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
         told = textwrap.fill(result["sentence"], 86)
         figure.suptitle(told, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
         figure.supxlabel(textwrap.fill(note(result), 125), x=0.01, ha="left", fontsize=8, color=FAINT)
@@ -39,14 +40,6 @@ def note(result: Result) -> str:
         f" and documents; those of the arms share their documents, so that arms may differ though bars overlap. Judged"
         f" on {result['n_trusted']:,} documents of {Path(result['trusted']).name}."
     )
-
-
-def plain(axis: Any) -> None:
-    """Only what is needed to read the values."""
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(GREY)
-    axis.tick_params(color=GREY, labelcolor=INK)
-    axis.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
 
 
 def draw_arms(axis: Any, arms: dict[str, Result]) -> None:
