@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other make sma
 
 import json
 import re
+import signal
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -17,6 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import settings
 
+# A run in the background ignores Ctrl-C, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("shared machine", deadline=None, derandomize=True)
 settings.load_profile("shared machine")
 

@@ -150,7 +150,6 @@ def test_rating_survives_kill_9_and_asks_again_only_what_was_in_flight(tmp_path:
 
 
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
     with serve(score_of, delay_s=0.02) as server:
         r = recipe(tmp_path, server.url, n=100, concurrency=CONCURRENCY)
         process = start(r)
@@ -163,7 +162,6 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(tmp_path: Path) -> None
         assert "never retrieved" not in stderr
         result = rate.run(r)
         again = asked_since(server, n_before)
-    signal.signal(signal.SIGINT, before)
     assert (result.n_reused, result.n_asked, result.n_scored) == (len(known), 100 - len(known), 100)
     assert 20 <= len(known) < 100
     assert not known & again
