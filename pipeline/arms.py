@@ -1,6 +1,5 @@
 """Which documents each arm of the proof learns from: rows that were kept, any, or those that were rejected."""
 
-import hashlib
 import heapq
 import logging
 from collections import Counter
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from pipeline import config, corpus, scored, splits
 from pipeline.config import Recipe
 from pipeline.errors import UserError
+from pipeline.sample import priority
 from pipeline.shards import Counts, Shard, find_shards
 from pipeline.tracking import upstream
 
@@ -92,20 +92,15 @@ def draw(recipe: Recipe, arms: Collection[str], most_bytes: int, ids: Collection
     for row in rows(recipe):
         size = len(row.text.encode())
         for seed in range(recipe.prove.seeds):
-            hash = number(f"{recipe.seed}:{seed}:{row.place}")
+            hash = priority(f"{seed}:{row.place}", recipe.seed)
             for arm in set(row.arms) & set(arms):
                 draws[arm, seed].add(hash, row.text, size)
-        whole.add(number(f"{recipe.seed}:whole:{row.place}"), row.text, size)
+        whole.add(priority(f"whole:{row.place}", recipe.seed), row.text, size)
         n_documents.update(row.arms)
         n_bytes.update(dict.fromkeys(row.arms, size))
         found |= {corpus.text_id(row.text)} & set(ids)
     texts = {key: each.texts() for key, each in draws.items()}
     return Drawn(texts, whole.texts(), n_documents, n_bytes, found)
-
-
-def number(name: str) -> int:
-    """A hash of 64 bits."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
 def rows(recipe: Recipe) -> Iterator[Row]:
@@ -192,7 +187,7 @@ def read_trusted(recipe: Recipe) -> list[str]:
     texts = {corpus.text_id(text): text for shard in shards for _, text in documents(shard, found)}
     if not texts:
         raise UserError(f"prove.trusted: {found.path} holds no text in column {found.text_column!r}")
-    order = sorted(texts, key=lambda id: number(f"{recipe.seed}:{id}"))
+    order = sorted(texts, key=lambda id: priority(id, recipe.seed))
     return [texts[id] for id in order[: recipe.prove.trusted_documents]]
 
 

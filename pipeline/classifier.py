@@ -19,7 +19,7 @@ def train(job: Job) -> None:
     language_model.check_whole(job.model, f"{job.section}.model")
     one_number = {"num_labels": 1, "problem_type": "regression"}
     tokenizer, model = rewards.load_classifier(job.model, f"{job.section}.model", job.revision, **one_number)
-    rows = datasets.Dataset.from_parquet(str(job.rows), cache_dir=str(job.folder / "cache"))
+    rows = datasets.Dataset.from_parquet(str(job.rows), cache_dir=str(job.folder / training.CACHE))
     scores = np.array(rows["score"], dtype=np.float64)
     model.config.score_offset, model.config.score_slope = float(scores.mean()), float(scores.std())
     settings = arguments.of(transformers.TrainingArguments, job, DEFAULTS)

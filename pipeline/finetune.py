@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from pipeline import arms, continuations, language_model, passages, perplexity, sft, splits, training, unfinished
 from pipeline.config import Corpus, Recipe, Teacher, digest
@@ -134,8 +133,8 @@ def parted(texts: Sequence[str], recipe: Recipe) -> Parts:
             " 2 are needed, of which one is held out; give more, in a .txt a paragraph each"
         )
     units = alike(texts, least)
-    sides = dealt(units, share, recipe.seed)
-    parts = Parts(splits.pick(texts, sides == "taught"), splits.pick(texts, sides == "held_out"))
+    taught, held_out = splits.sides(units, [""] * len(units), share, recipe.seed)
+    parts = Parts([texts[i] for i in taught], [texts[i] for i in held_out])
     if least is not None:
         parts = without_copies(parts)
     if not parts.taught or not parts.held_out:
@@ -152,12 +151,6 @@ def without_copies(parts: Parts) -> Parts:
     of another edition."""
     is_copy = arms.copied(parts.held_out, parts.taught)
     return Parts(parts.taught, splits.pick(parts.held_out, ~is_copy), int(is_copy.sum()))
-
-
-def dealt(units: NDArray[np.int64], share: float, seed: int) -> NDArray[np.str_]:
-    """The part of each document, whole units."""
-    names = np.array([f"{unit:012d}" for unit in units])
-    return splits.deal(units, names, [""] * len(units), {"taught": 1 - share, "held_out": share}, seed)
 
 
 def beginnings(recipe: Recipe, measured: Sequence[str]) -> list[Beginning]:

@@ -14,7 +14,7 @@ from pipeline.judge import Judge, Pair
 from pipeline.models import pick_device
 from pipeline.rewards import Reward
 from pipeline.storage import read_lines, write_text
-from pipeline.training import Job
+from pipeline.training import CACHE, Job, line_of
 
 CONVERSATIONS, ENDED = "conversations.jsonl", "ended.json"
 """Every reply that was rewarded, and how the training ended."""
@@ -56,7 +56,7 @@ def train(job: Job) -> None:
     recipe = load_recipe(required(job.recipe, "recipe", "that of the run folder"), {})
     tokenizer, model = language_model.load(job.model, f"{job.section}.model", pick_device(job.device), job.revision)
     training.check_chat_template(tokenizer, f"{job.section}.model", job.model)
-    rows = datasets.Dataset.from_parquet(str(job.rows), cache_dir=str(job.folder / "cache"))
+    rows = datasets.Dataset.from_parquet(str(job.rows), cache_dir=str(job.folder / CACHE))
     rows = rows.map(as_messages, remove_columns=rows.column_names)
     if job.trainer == "dpo":
         training.work(made(job, recipe, model, tokenizer, rows), job, tokenizer)
@@ -203,8 +203,3 @@ class Conversations:
         if self.writes:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(lines))
-
-
-def line_of(values: dict[str, Any]) -> str:
-    """A JSON line."""
-    return json.dumps(values, ensure_ascii=False) + "\n"

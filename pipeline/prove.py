@@ -40,6 +40,8 @@ OURS = ("max_steps", "num_train_epochs", "packing", "packing_strategy")
 """Arguments that the budget of tokens sets."""
 N_POINTS, CURVE_BLOCKS = 6, 48
 """Points of a learning curve, and blocks of the trusted texts that each is measured on."""
+WATCHED = "trusted.parquet"
+"""Blocks of the trusted texts, for the learning curves."""
 PREDICTED, JUDGED = "predicted.parquet", "judged.json"
 """What a training leaves: the first, written last, says that it is done."""
 
@@ -82,10 +84,11 @@ def run(recipe: Recipe, redo: bool = False) -> ProveResult:
             return done
         begin(work, redo)
         made = proof.prepare(recipe, work.folder)
+        write_blocks(work.folder / WATCHED, curve_blocks(made))
         for number, each in enumerate(made.trainings, 1):
             if not (each.folder / PREDICTED).exists():
                 log.info("prove: %s, seed %d (training %d of %d)", each.arm, each.seed, number, len(made.trainings))
-                learn(recipe, work.folder, made, each)
+                learn(work, made, each)
         result = summarise(recipe, work, made)
         try:
             prove_picture.draw(work.folder / "prove.png", result.model_dump())
@@ -137,31 +140,26 @@ def begin(work: Stage, redo: bool) -> None:
 # -- one training -----------------------------------------------------------------------------------------------------
 
 
-def learn(recipe: Recipe, folder: Path, made: Proof, each: Training) -> None:
+def learn(work: Stage, made: Proof, each: Training) -> None:
     """Train, judge, and remove what is not needed any more."""
-    settings = recipe.prove
+    settings, rows = work.recipe.prove, each.folder / "rows.parquet"
     each.folder.mkdir(parents=True, exist_ok=True)
-    rows, held_out = each.folder / "rows.parquet", folder / "trusted.parquet"
     write_blocks(rows, each.blocks)
-    write_blocks(held_out, curve_blocks(made))
     watched = {"eval_strategy": "steps", "eval_steps": 1 / N_POINTS, "per_device_eval_batch_size": 16}
-    job = training.Job(
+    job = training.job(
+        work,
+        settings,
         trainer="sft",
-        section="prove",
-        model=settings.model or str(folder / "scratch" / str(each.seed)),
-        revision=settings.revision,
+        model=settings.model or str(work.folder / "scratch" / str(each.seed)),
         rows=rows,
-        held_out=held_out,
+        held_out=work.folder / WATCHED,
         folder=each.folder,
         args={"packing": False, "num_train_epochs": 1, **watched, **proof.arguments(settings)},
-        lora=settings.lora,
-        device=settings.device,
         seed=each.seed,
     )
-    judge(recipe, made, training.run(job, settings.launch), each.folder)
+    judge(work.recipe, made, training.run(job, settings.launch), each.folder)
     rows.unlink()
-    for left in (training.MODEL, "cache"):
-        shutil.rmtree(each.folder / left, ignore_errors=True)
+    shutil.rmtree(each.folder / training.MODEL, ignore_errors=True)
 
 
 def write_blocks(path: Path, blocks: NDArray[np.int32]) -> None:

@@ -39,7 +39,7 @@ def train(job: Job) -> None:
     trl, datasets = needs("trl", "finetune"), needs("datasets", "datasets")
     tokenizer, model = language_model.load(job.model, f"{job.section}.model", pick_device(job.device), job.revision)
     parts = {
-        name: datasets.Dataset.from_parquet(str(path), cache_dir=str(job.folder / "cache"))
+        name: datasets.Dataset.from_parquet(str(path), cache_dir=str(job.folder / training.CACHE))
         for name, path in (("rows", job.rows), ("held_out", job.held_out))
         if path
     }

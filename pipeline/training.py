@@ -186,6 +186,11 @@ def read_curve(folder: Path) -> list[dict[str, Any]]:
     return read_lines(folder / CURVE)
 
 
+def line_of(values: dict[str, Any]) -> str:
+    """A JSON line."""
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
 def watcher(job: Job, begun: Path | None) -> Any:
     """A callback that keeps the curve, shows how far it is, and stops where the loss is no number."""
     transformers = needs("transformers", "torch")
@@ -203,6 +208,7 @@ def watcher(job: Job, begun: Path | None) -> Any:
         def on_train_begin(self, _: Any, state: Any, __: Any, **___: Any) -> None:
             self.began = time.perf_counter()
             if state.is_world_process_zero:
+                write_text(job.folder / CURVE, "".join(map(line_of, self.lines)))
                 bar = progress(job.section, state.max_steps, self.told, "steps", state.global_step)
                 self.step = self.shown.enter_context(bar)
 
@@ -224,9 +230,8 @@ def watcher(job: Job, begun: Path | None) -> Any:
             numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
             numbers["seconds"] = round(time.perf_counter() - self.began, 3)
             numbers |= {name: numbers[name] + past for name, past in self.before.items() if name in numbers}
-            self.lines.append({"step": state.global_step, **numbers})
-            text = "".join(json.dumps(line) + "\n" for line in self.lines)
-            write_text(job.folder / CURVE, text)
+            with (job.folder / CURVE).open("a", encoding="utf-8") as file:
+                file.write(line_of({"step": state.global_step, **numbers}))
             self.loss = numbers.get("loss", self.loss)
             if "loss" in numbers and not math.isfinite(numbers["loss"]):
                 raise UserError(

@@ -12,6 +12,7 @@ import pytest
 from pipeline import arms, contrast, corpus, filter, proof, scratch
 from pipeline.config import Prove, Recipe
 from pipeline.errors import UserError
+from pipeline.sample import priority
 
 
 def filtered(tmp_path: Path, shards: list[list[tuple[str | None, float | None]]], **settings: Any) -> Recipe:
@@ -70,7 +71,7 @@ def test_a_draw_is_uniform_random_and_bounded() -> None:
     for seed in range(300):
         draw = arms.Draw(100)
         for i in range(40):
-            draw.add(arms.number(f"{seed}:{i}"), f"{i:010d}", 10)
+            draw.add(priority(str(i), seed), f"{i:010d}", 10)
         texts = draw.texts()
         assert len(texts) == 10
         counts[[int(text) for text in texts]] += 1
