@@ -3,11 +3,12 @@
 import difflib
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import SettingsError
 
@@ -46,7 +47,7 @@ class Settings(BaseModel):
 class Corpus(Settings):
     """Where the documents are and how to read them."""
 
-    path: str | None = None
+    path: Annotated[str | None, OPERATIONAL] = None
     """File, folder or glob of parquet, JSONL (.gz, .zst), Arrow or plain text (.txt: a row for each paragraph, or for
     each line where no blank line separates paragraphs); a save_to_disk folder; a URL (s3://, gs://, hf://); or a Hub
     dataset name."""
@@ -341,7 +342,7 @@ class Train(Settings):
 class Score(Settings):
     """Stage 3: the student scores every document."""
 
-    student: Path | None = None
+    student: Annotated[Path | None, OPERATIONAL] = None
     """Student folder; without it that of the run folder."""
     replace_existing: bool = False
     """Replace columns called score and int_score that the corpus already has, instead of stopping."""
@@ -349,7 +350,9 @@ class Score(Settings):
     """Write each document's embedding beside the scores (float16), for filter.sampling: density."""
     sidecar: bool = False
     """Write id and scores only, instead of the documents with their scores; later stages read both."""
-    more_students: tuple[str, ...] = ()
+    output: Annotated[str | None, OPERATIONAL] = None
+    """Folder or URL of the scored corpus; without it score/scored in the run folder."""
+    more_students: Annotated[tuple[str, ...], OPERATIONAL] = ()
     """Further students, each NAME=FOLDER, that score in the same pass; their columns end in _NAME (score_NAME)."""
     cascade_keep_share: Annotated[float | None, Field(gt=0, lt=1)] = None
     """Read with the encoder only what a cheap first student cannot rule out of this best share of the corpus, and give
@@ -406,6 +409,8 @@ class Filter(Settings):
     """Column with each document's tokens, such as token_count; without it 4 bytes of text count as one."""
     scored: Path | None = None
     """Scored corpus; without it that of the run folder."""
+    output: Annotated[str | None, OPERATIONAL] = None
+    """Folder or URL of the kept corpus; without it filter/kept in the run folder."""
     output_format: Literal["parquet", "jsonl"] = "parquet"
     """Format of the kept corpus."""
     keep_dropped: bool = False
@@ -598,13 +603,52 @@ class Tracking(Settings):
     """The project there."""
 
 
+class Ray(Settings):
+    """The cluster that --engine ray works on."""
+
+    address: str | None = None
+    """Address of a running cluster (auto, host:6379, ray://host:10001); without it RAY_ADDRESS, or else a cluster on
+    this machine alone that ends with the command."""
+    actors: Count | None = None
+    """Processes that work at once, each with the model loaded once; without it as many as the cluster has room for."""
+    cpus: Positive = 1
+    """CPU cores of each actor, which computes with as many threads."""
+    gpus: NotNegative = 0
+    """GPUs of each actor; 0.5 lets two share one, 2 gives each two (teacher.tensor_parallel_size: 2)."""
+    restarts: Count = 3
+    """Times that one piece of work is tried when actors or machines die under it."""
+
+
 class Common(Settings):
     """What every stage shares."""
 
     run_folder: Path = Path("runs/default")
-    """Everything a run makes is in here."""
+    """Everything a run makes is in here. A URL (s3://, gs://, hf://) becomes the mirror of a folder here."""
+    mirror: str | None = None
+    """URL where a copy of the run folder is kept up to date while stages work; a run that is not here is fetched from
+    it. Scored and kept corpora go there directly."""
     seed: int = 0
     """Seed of sampling and splitting."""
+    engine: Literal["local", "ray"] = "local"
+    """Where rate, label, score, filter and prove work: in this process, or in actors on a Ray cluster that share the
+    run folder."""
+    shard: Annotated[str, Field(pattern=r"^[1-9]\d*/[1-9]\d*$")] | None = None
+    """i/n: do only the i-th of n parts of the work of a stage, beside other processes that do theirs; the same command
+    without it then puts them together."""
+    ray: Ray = Ray()
+
+    @model_validator(mode="before")
+    @classmethod
+    def with_mirror(cls, values: Any) -> Any:
+        """A run folder that is a URL as its mirror, beside a folder here that is named after it."""
+        given = str(values.get("run_folder", "")) if isinstance(values, dict) else ""
+        url = re.fullmatch(r"(\w+):/+(.+?)/*", given)  # a Path has lost one of the slashes
+        if url is None:
+            return values
+        mirror = f"{url[1]}://{url[2]}"
+        name = f"{mirror.rpartition('/')[2]}-{digest(mirror)[:8]}"
+        return {**values, "run_folder": Path("runs") / name, "mirror": mirror}
+
     corpus: Corpus = Corpus()
     teacher: Teacher = Teacher()
     encoder: Encoder = Encoder()
