@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline import cli, config, prompts
+from pipeline import cli, config, locks, prompts
 from pipeline.config import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -297,12 +297,13 @@ def test_every_shipped_recipe_parses_and_names_a_prompt_that_loads(path: Path, m
 
 
 def readme_commands() -> list[str]:
-    """Every line of the README's bash blocks."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    """Every line of the bash blocks in the README, then in the pages beside it."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
     return "".join(blocks).strip().splitlines()
 
 
-def test_every_command_of_the_readme_parses(
+def test_every_command_of_the_readme_and_the_pages_beside_it_parses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """In the order in which they stand, files that one writes for the next included."""
@@ -324,8 +325,8 @@ def test_every_command_of_the_readme_parses(
                 Path(target).write_text(out)
 
 
-def test_the_prompt_of_the_readme_loads(tmp_path: Path):
-    block = re.search(r"```markdown\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def test_the_prompt_of_the_docs_loads(tmp_path: Path):
+    block = re.search(r"```markdown\n(.*?)```", (ROOT / "docs" / "prompts.md").read_text(), re.DOTALL)
     assert block is not None
     (tmp_path / "prompt.md").write_text(block[1], encoding="utf-8")
     assert prompts.load(tmp_path / "prompt.md").scale == (0, 5)
@@ -349,10 +350,7 @@ def test_metrics_are_always_in_the_run_folder(recipe_file: Path, tmp_path: Path,
 
 
 def test_two_processes_never_work_on_one_stage(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from filelock import FileLock
-
-    (tmp_path / "run" / "rate").mkdir(parents=True)
-    with FileLock(tmp_path / "run" / "rate" / ".lock"):
+    with locks.held(tmp_path / "run" / "rate" / ".lock", "not held yet"):
         code, _, err = run(capsys, "rate", recipe_file)
     assert code == 1 and "another process is at work in" in last_line(err)
 
