@@ -16,7 +16,7 @@ from pipeline.config import Recipe
 from pipeline.errors import UserError
 from pipeline.sample import priority
 from pipeline.shards import Counts, Shard, find_shards
-from pipeline.tracking import upstream
+from pipeline.tracking import corpus_of
 
 log = logging.getLogger("gristmill")
 
@@ -77,7 +77,7 @@ class Drawn(NamedTuple):
 
 def locate(recipe: Recipe) -> tuple[config.Corpus, list[Shard], config.Corpus, list[Shard]]:
     """The scored corpus and what was kept of it, with their shards."""
-    kept = upstream(None, recipe, "filter/kept", "prove")
+    kept = corpus_of("filter", recipe, "prove")
     there, shards = scored.locate(recipe, "prove")
     of_kept = config.Corpus(path=str(kept), text_column=recipe.corpus.text_column)
     return there, shards, of_kept, find_shards(of_kept)

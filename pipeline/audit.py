@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import consensus, corpus, panel, ratings, scored, teacher
+from pipeline import consensus, corpus, panel, parts, ratings, scored, teacher
 from pipeline.config import Corpus as CorpusSettings
 from pipeline.config import Filter, Recipe, load_recipe
 from pipeline.consensus import Verdict
@@ -20,11 +20,11 @@ from pipeline.judged import of_scores
 from pipeline.keys import gives_amount
 from pipeline.metrics import Floats, sortable, unsortable
 from pipeline.panel import Collected, Opinions, Rater
+from pipeline.parts import PartResult
 from pipeline.sample import Document, priority
 from pipeline.shards import Counts, Shard, fingerprint
 from pipeline.spending import check_budget
 from pipeline.storage import write_table
-from pipeline.teacher import AnswerStore
 from pipeline.tracking import Result, Stage, read_json, stage
 from pipeline.weighting import Strata, above, estimate, strata, stratum_of
 
@@ -76,13 +76,13 @@ class AuditResult(Result):
     docs_per_s: float | None
 
 
-def run(recipe: Recipe, redo: bool = False) -> AuditResult:
+def run(recipe: Recipe, redo: bool = False) -> AuditResult | PartResult:
     """Rate equally many documents of each stratum of the score, and weight them back."""
     raters = panel.of(recipe)
     check_budget(recipe.audit, [rater.teacher for rater in raters])
     found, shards = scored.locate(recipe, "audit")
     with stage("audit", recipe, inputs(recipe, raters, shards)) as work:
-        done = work.finished(AuditResult, redo, (work.folder / "ratings.parquet").exists())
+        done = parts.finished(work, AuditResult, redo, (work.folder / "ratings.parquet").exists())
         if done:
             return done
         survey = surveyed(found, shards)
@@ -92,8 +92,10 @@ def run(recipe: Recipe, redo: bool = False) -> AuditResult:
         n_kept = sum(int(np.sum(scored.scores(batch) >= judge.cut)) for _, batch in batches(found, shards, ["score"]))
         drawn = draw(found, shards, survey.strata(recipe.audit.strata), recipe)
         texts = list(dict.fromkeys(each.document.text for each in drawn))
-        with AnswerStore(recipe.run_folder / "rate" / "answers.sqlite") as store:
-            calibrate = recipe.rate.calibrate
+        calibrate, home = recipe.rate.calibrate, recipe.run_folder / "rate"
+        if recipe.shard:
+            return parts.asked(work, raters, texts, parts.share(recipe.audit, recipe.shard), calibrate, home=home)
+        with parts.gathered(work, home) as store:
             got = panel.collect("audit", raters, texts, store, recipe.audit, calibrate=calibrate)
             said = [panel.opinions(rater, texts, store, got.failed, calibrate) for rater in raters]
         said = [each.about(texts, [one.document.text for one in drawn]) for each in said]
@@ -101,7 +103,7 @@ def run(recipe: Recipe, redo: bool = False) -> AuditResult:
         write(work, survey, drawn, said, verdicts)
         result = summarise(work, survey, judge, n_kept, drawn, said, verdicts, got)
         check_readable(result, work)
-        return work.finish(result)
+        return parts.put_together(work, result)
 
 
 def inputs(recipe: Recipe, raters: list[Rater], shards: list[Shard]) -> dict[str, Any]:

@@ -6,10 +6,12 @@ import importlib.util
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
@@ -125,7 +127,9 @@ def plan(
         The plan of stage 1 although the corpus is scored.
     """
     given = {**flags(common), "rate": flags(rate), "plan": flags(plan), "cuts": flags(cuts)}
-    folder = config.load_recipe(recipe, given).run_folder
+    from pipeline import mirror
+
+    folder = mirror.refresh(config.load_recipe(recipe, given))
     scored = (folder / "score" / "result.json").exists()
     if (folder / "score" / "inputs.json").exists() and not scored:
         log.warning("plan: scoring is not finished, so this is the plan of rating; run gristmill score")
@@ -402,10 +406,30 @@ def status(run_folder: Path, /, *, how: Annotated[How, Flat] = How()) -> None:  
     run_folder
         Run folder to look at.
     """
-    from pipeline import summary
+    from pipeline import mirror, summary
 
-    states = summary.status(run_folder, STAGES)
+    states = summary.status(mirror.here(run_folder), STAGES)
     answer(states, how, summary.show_status)
+
+
+@app.command(sort_key=5)
+def verify(run_folder: Path, /, *, remove: bool = False, how: Annotated[How, Flat] = How()) -> None:  # noqa: B008
+    """Find every damaged or missing file of a run.
+
+    Parameters
+    ----------
+    run_folder
+        Run folder to read, all of it.
+    remove
+        Remove what is damaged, so that its stages make it again.
+    """
+    from pipeline import mirror
+    from pipeline import verify as check
+
+    found = check.run(mirror.here(run_folder), remove)
+    answer(found, how, check.show)
+    if said := check.advice(found):
+        raise UserError(said)
 
 
 class Selection(Settings):
@@ -447,9 +471,10 @@ def show(path: Path, /, *, selection: Annotated[Selection, Flat] = Selection()) 
     path
         Run folder, its rate or label folder, or a file of ratings or labels.
     """
+    from pipeline import mirror
     from pipeline import show as reader
 
-    reader.run(path, selection)
+    reader.run(mirror.here(path), selection)
 
 
 def flags(settings: Settings) -> dict[str, Any]:
@@ -474,9 +499,13 @@ def execute(
     if how.dry_run:
         sys.stdout.write(config.to_yaml(recipe))
         return []
-    from pipeline import summary
+    if recipe.shard and len(stages) > 1:
+        raise SettingsError(f"--shard: {', '.join(stages)} follow each other; give it to each stage's own command")
+    from pipeline import mirror, spread, summary, tracking
 
-    with log_in(recipe.run_folder):
+    if stages[0] not in tracking.IN_PARTS:
+        spread.by_one(recipe, stages[0])
+    with mirror.kept(recipe), log_in(recipe.run_folder):
         if "filter" in stages and len(stages) > 1:
             check_ahead(recipe)
         before(recipe)
@@ -526,6 +555,7 @@ def alone(work: Callable[[], Any]) -> NoReturn:
     log.handlers = [logging.StreamHandler(sys.stderr)]
     log.handlers[0].addFilter(said_once())
     quieten_libraries()
+    signals = end_by_sigterm()
     try:
         work()
     except (CycloptsError, ValidationError) as error:
@@ -541,8 +571,22 @@ def alone(work: Callable[[], Any]) -> NoReturn:
             raise
         fail(f"{error}; everything recorded is kept, make room and run the same command again", 1)
     except KeyboardInterrupt:
-        fail("interrupted; everything recorded is kept, the same command goes on", 130)
+        number = signals[-1] if signals else signal.SIGINT
+        fail("interrupted; everything recorded is kept, the same command goes on", 128 + number)
     sys.exit(0)
+
+
+def end_by_sigterm() -> list[int]:
+    """From now on SIGTERM, by which a scheduler says that the time is up, does what Ctrl-C does; it is noted here."""
+    seen: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        interrupt = signal.getsignal(signal.SIGINT)
+        (interrupt if callable(interrupt) else signal.default_int_handler)(signal.SIGINT, frame)
+
+    signal.signal(signal.SIGTERM, end)
+    return seen
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline import yaml_text
 from pipeline.errors import SettingsError
 
 OPERATIONAL = "operational"
@@ -29,6 +30,15 @@ def whole_number(value: Any) -> Any:
             return round(float(value[:-1]) * units[value[-1].lower()])
         except (ValueError, OverflowError):
             return value
+    return value
+
+
+def without_password(value: Any) -> Any:
+    """A URL, unless there is a password in it, which would be recorded; it is not repeated."""
+    if isinstance(value, str) and "@" in value:
+        raise SettingsError(
+            "teacher.base_url: a URL must not hold a password; put the key into the variable of teacher.api_key_env"
+        )
     return value
 
 
@@ -62,7 +72,11 @@ class Corpus(Settings):
     id_column: str | None = None
     """Column that names a document; without it the id is a hash of the text, so duplicates share one."""
     skip_bad_rows: bool = False
-    """Leave out JSONL lines that cannot be read, and count them, instead of stopping."""
+    """Leave out JSONL lines that cannot be read or are too long, and count them, instead of stopping."""
+    max_row_mb: Annotated[Count, OPERATIONAL] = 100
+    """A larger row, line or paragraph is refused."""
+    max_expansion: Annotated[Count, OPERATIONAL] = 200
+    """A file that unpacks to more than 200 MB and more than so many times its size is refused."""
 
 
 class Teacher(Settings):
@@ -124,7 +138,7 @@ class Teacher(Settings):
     """Share of the GPU's memory that vLLM takes; without it its own default."""
     engine_args: dict[str, Any] = {}
     """Passed verbatim to vLLM's engine, such as enforce_eager: true."""
-    base_url: Annotated[str | None, OPERATIONAL] = None
+    base_url: Annotated[str | None, BeforeValidator(without_password), OPERATIONAL] = None
     """Endpoint, such as http://localhost:8000/v1; without it OpenAI's own."""
     api_key_env: Annotated[str, OPERATIONAL] = "OPENAI_API_KEY"
     """Name of the environment variable that holds the endpoint's key; the key itself is never written anywhere."""
@@ -365,7 +379,7 @@ class Score(Settings):
 
 
 class Export(Settings):
-    """The student in other formats."""
+    """The student in other formats, and what was made for the Hub."""
 
     student: Path | None = None
     """Student folder; without it that of the run folder."""
@@ -373,6 +387,8 @@ class Export(Settings):
     """Formats to write."""
     push_to_hub: Annotated[str | None, OPERATIONAL] = None
     """Upload the student folder and the exports to this Hub repository (owner/name)."""
+    push_kept_to_hub: Annotated[str | None, OPERATIONAL] = None
+    """Upload the kept corpus, with a dataset card, to this Hub dataset (owner/name)."""
     private: Annotated[bool, OPERATIONAL] = True
     """Whether a repository that is made anew is private."""
 
@@ -627,6 +643,8 @@ class Common(Settings):
     mirror: str | None = None
     """URL where a copy of the run folder is kept up to date while stages work; a run that is not here is fetched from
     it. Scored and kept corpora go there directly."""
+    mirror_every_s: Positive = 30
+    """Seconds between pushes to the mirror; more where they would take a tenth of the time."""
     seed: int = 0
     """Seed of sampling and splitting."""
     engine: Literal["local", "ray"] = "local"
@@ -691,11 +709,11 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The YAML of a recipe as nested dicts, unchecked."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml_text.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"recipe {path}: {error.strerror}; give a YAML file such as configs/demo.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise SettingsError(f"recipe {path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"recipe {path} holds no settings; see configs/demo.yaml")
     return values

@@ -49,7 +49,7 @@ def read(
         if shard.format == "jsonl":
             batches = read_jsonl(shard, corpus, counts, columns, schema)
         elif shard.format == "text":
-            batches = read_text(shard, counts, columns)
+            batches = read_text(shard, corpus, counts, columns)
         else:
             batches = readers[shard.format](shard, corpus, columns)
         for batch in batches:
@@ -233,13 +233,26 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def decoded(array: pa.Array) -> tuple[list[Any], int]:
-    """The values of an array, and how many strings had bytes that are not UTF-8, now U+FFFD."""
+    """The values of an array, and how many strings, but for nested ones, had bytes that are not UTF-8, now U+FFFD."""
     try:
         return array.to_pylist(), 0
     except UnicodeDecodeError:
+        if pa.types.is_nested(array.type):
+            return [lenient(value) for value in array], 0
         raw = array.cast(pa.large_binary()).to_pylist()
         found = [None if value is None else value.decode("utf-8", "replace") for value in raw]
         return found, sum(text is not None and text.encode() != value for text, value in zip(found, raw, strict=True))
+
+
+def lenient(value: pa.Scalar) -> Any:
+    """A nested value in which bytes that are not UTF-8 are U+FFFD."""
+    if isinstance(value, pa.StringScalar) and value.is_valid:
+        return value.as_buffer().to_pybytes().decode("utf-8", "replace")
+    if isinstance(value, pa.StructScalar) and value.is_valid:
+        return {name: lenient(inner) for name, inner in value.items()}
+    if isinstance(value, pa.ListScalar) and value.is_valid:
+        return [lenient(inner) for inner in value]
+    return value.as_py()
 
 
 def is_empty(text: str | None) -> bool:

@@ -162,7 +162,7 @@ def draw_values(axis: Any, name: str, values: list[Result], cuts: list[Result]) 
     for row, value in enumerate(values):
         shares = [next(cut["share"] for cut in value["cuts"] if same(cut, of)) for of in chosen]
         axis.plot([0, max(shares, default=0)], [row, row], color=GREY, linewidth=0.8, alpha=0.6, zorder=1)
-        for share, shade in zip(shares, SHADES[-len(chosen) :], strict=True):
+        for share, shade in zip(shares, SHADES[len(SHADES) - len(chosen) :], strict=True):
             axis.scatter(share, row, s=34, color=shade, edgecolor="white", linewidth=0.6, zorder=2)
     axis.set_yticks(range(len(values)), [f"{clip(value['value'])}  ({big(value['documents'])})" for value in values])
     axis.set_ylim(len(values) - 0.4, -0.6)

@@ -6,15 +6,15 @@ rarer than one document of the sample are not seen.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import UserError
 from pipeline.formats import BATCH_ROWS
+from pipeline.places import Place
+from pipeline.storage import reading_table
 
 Vectors = NDArray[np.float32]
 
@@ -38,9 +38,9 @@ class Reference(NamedTuple):
     bandwidth: float
 
 
-def read(path: Path) -> Iterator[tuple[Vectors, NDArray[np.bool_]]]:
+def read(path: Place) -> Iterator[tuple[Vectors, NDArray[np.bool_]]]:
     """A shard's embeddings as unit vectors (n, dim), and which rows have one, a batch at a time."""
-    with pq.ParquetFile(path) as file:
+    with reading_table(path) as file:
         for batch in file.iter_batches(BATCH_ROWS, columns=["embedding"]):
             column = batch.column("embedding")
             there = ~np.asarray(column.is_null().to_numpy(zero_copy_only=False), bool)
@@ -53,7 +53,7 @@ def unit(vectors: Vectors) -> Vectors:
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), np.float32)
 
 
-def reference(paths: Sequence[Path], seed: int, size: int = N_REFERENCE) -> Reference:
+def reference(paths: Sequence[Place], seed: int, size: int = N_REFERENCE) -> Reference:
     """A seeded uniform sample of all embeddings: those with the smallest random numbers, in one pass."""
     random = np.random.default_rng([seed, size])
     vectors, ranks, places, n = None, np.zeros(0), np.zeros(0, np.int64), 0
@@ -100,7 +100,7 @@ def n_alike(vectors: Vectors, first: int, of: Reference) -> NDArray[np.float64]:
     return np.asarray(1 + (of.n_documents - 1) * mean)
 
 
-def log_alike(path: Path, first: int, of: Reference) -> Iterator[NDArray[np.float64]]:
+def log_alike(path: Place, first: int, of: Reference) -> Iterator[NDArray[np.float64]]:
     """The logarithm of `n_alike` for every row of a shard, NaN where there is no embedding, a batch at a time; `first`
     embeddings lie in the shards before."""
     for vectors, there in read(path):

@@ -14,7 +14,7 @@ from pipeline.corpus import text_id
 from pipeline.encoder import Embedded, Encoder
 from pipeline.errors import UserError
 from pipeline.forward import Embeddings
-from pipeline.storage import writing
+from pipeline.storage import check_form, writing
 
 TABLE = """CREATE TABLE IF NOT EXISTS embeddings (
     encoder TEXT, id TEXT, vectors BLOB, tokens BLOB, truncated INTEGER, PRIMARY KEY (encoder, id))"""
@@ -119,6 +119,7 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
         file = sqlite3.connect(path, timeout=WAIT_S)
         with file:
             file.execute(TABLE)
+            check_form(file)
         yield file
     except sqlite3.DatabaseError as error:
         raise UserError(

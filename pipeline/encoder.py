@@ -4,13 +4,14 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pickle import UnpicklingError
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import config, forward, models, packed, windows
+from pipeline import config, forward, model_files, models, packed, windows
 from pipeline.errors import UserError, needs
 from pipeline.forward import Embeddings
 from pipeline.lanes import Lane, gathered
@@ -195,10 +196,10 @@ def load(settings: config.Encoder, device: str) -> Any:
             name,
             revision=settings.revision,
             device=device,
-            model_kwargs={"dtype": models.pick_dtype(dtype, device)},
+            model_kwargs=model_files.of_weights({"dtype": models.pick_dtype(dtype, device)}),
         ).eval()
-    except (OSError, ValueError, KeyError, ImportError, damaged) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, UnpicklingError, damaged) as error:
+        reason = model_files.reason(error)
         raise UserError(f"encoder.model: {settings.model} cannot be loaded ({reason})") from None
     if not hasattr(model[0], "auto_model"):
         raise UserError(f"encoder.model: {settings.model} is no transformer; choose one that is")
@@ -220,7 +221,9 @@ def is_packed_family(name: str, settings: config.Encoder) -> bool:
     if settings.engine != "packed":
         return False
     try:
-        kind = needs("transformers", "torch").AutoConfig.from_pretrained(name, revision=settings.revision)
+        kind = needs("transformers", "torch").AutoConfig.from_pretrained(
+            name, revision=settings.revision, **model_files.NO_CODE
+        )
     except (OSError, ValueError, KeyError):
         return False
     return kind.model_type in packed.FAMILIES

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline import config, corpus
+from pipeline import config, corpus, places
 from pipeline.config import Recipe
+from pipeline.pairs import as_dict
 from pipeline.shards import Counts, Shard, find_shards, with_documents
+from pipeline.storage import read_table
 
 N_ENDS = 10
 """Documents shown at either end of a score."""
@@ -53,8 +54,8 @@ def look(recipe: Recipe, n_sample: int, n_each: int, columns: Sequence[str] = ()
 
 def scored_corpus(recipe: Recipe) -> tuple[config.Corpus, list[Shard]]:
     """The run's scored corpus and its shards."""
-    path = recipe.run_folder / "score" / "scored"
-    scored = config.Corpus(path=str(path), text_column=recipe.corpus.text_column, id_column=recipe.corpus.id_column)
+    place = places.made(recipe, "score")
+    scored = config.Corpus(path=str(place), text_column=recipe.corpus.text_column, id_column=recipe.corpus.id_column)
     return scored, [with_documents(shard) for shard in find_shards(scored)]
 
 
@@ -165,9 +166,9 @@ def rows(batch: pa.RecordBatch, scored: config.Corpus, shard: Shard, wanted: Seq
 
 def ratings(run_folder: Path) -> tuple[list[Row], dict[str, str]]:
     """The ratings with dicts for maps, and the notes in the file (scale, attributes)."""
-    file = pq.ParquetFile(run_folder / "rate" / "ratings.parquet")
-    notes = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
-    return file.read().to_pylist(), notes
+    table = read_table(run_folder / "rate" / "ratings.parquet")
+    notes = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    return table.to_pylist(), notes
 
 
 def scale_of(notes: dict[str, str]) -> tuple[float, float]:
@@ -209,7 +210,8 @@ def answer(row: Row) -> str:
     said = (row.get("opinions") or [{}])[0]
     if said.get("answer") or not said.get("log_probs"):
         return said.get("answer") or ""
-    chances = sorted(((word, float(np.exp(log_prob))) for word, log_prob in said["log_probs"]), key=lambda x: -x[1])
+    log_probs = as_dict(said["log_probs"]).items()
+    chances = sorted(((word, float(np.exp(log_prob))) for word, log_prob in log_probs), key=lambda x: -x[1])
     return ", ".join(f"{json.dumps(word.strip(), ensure_ascii=False)} {chance:.3f}" for word, chance in chances[:5])
 
 

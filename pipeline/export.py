@@ -1,4 +1,4 @@
-"""After stage 2: the student as ONNX and OpenVINO, each held against our own scores, and to the Hub."""
+"""After stage 2: the student as ONNX and OpenVINO, each held against our own scores, and what goes to the Hub."""
 
 import logging
 import warnings
@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from pipeline import card, hub, metrics, targets
+from pipeline import card, dataset_card, hub, metrics, targets
 from pipeline import student as students
 from pipeline.config import Encoder, Recipe, load_recipe
 from pipeline.errors import UserError, needs
 from pipeline.layers import Outputs
 from pipeline.storage import atomic, write_text
 from pipeline.student import Student
-from pipeline.tracking import Result, Stage, dump, stage, upstream
+from pipeline.tracking import Result, Stage, corpus_of, dump, stage, upstream
 
 log = logging.getLogger("gristmill")
 
@@ -68,24 +68,46 @@ class ExportResult(Result):
     formats: dict[str, Agreement]
     pushed_to: str | None
     """URL of the Hub repository."""
+    kept_pushed_to: str | None = None
+    """URL of the Hub dataset."""
 
 
 def run(recipe: Recipe, redo: bool = False) -> ExportResult:
-    """Write the formats, hold them against our scores, and upload them if that was asked."""
-    hub.check_name(recipe.export.push_to_hub)
+    """Write the formats, hold them against our scores, and upload what was asked for."""
+    for name in hub.SETTINGS.values():
+        hub.check_name(getattr(recipe.export, name), name)
     for name in recipe.export.formats:
         FORMATS[name].check()
+    kept = kept_folder(recipe) if recipe.export.push_kept_to_hub else None
     folder = upstream(recipe.export.student, recipe, "train/student", "export")
     student = students.load(folder, Encoder(dtype="float32", device="cpu"))
     with stage("export", recipe, inputs(recipe, student)) as work:
         files = [work.folder / FORMATS[name].file for name in recipe.export.formats]
         done = work.finished(ExportResult, redo, all(file.exists() for file in files))
         result = done or work.finish(written(work, folder, student))
-        repository = recipe.export.push_to_hub
-        if repository is None:
-            return result
-        url = hub.push(repository, {"": folder, "export": work.folder}, recipe.export.private)
-        return work.finish(result.model_copy(update={"pushed_to": url}))
+        urls = dict(pushed(work, folder, kept))
+        return work.finish(result.model_copy(update=urls)) if urls else result
+
+
+def kept_folder(recipe: Recipe) -> Path:
+    """The kept corpus, which must be on this machine to be uploaded."""
+    kept = corpus_of("filter", recipe, "export")
+    if not isinstance(kept, Path):
+        raise UserError(f"export.push_kept_to_hub: {kept} is not on this machine; copy it, and filter.output names it")
+    return kept
+
+
+def pushed(work: Stage, folder: Path, kept: Path | None) -> Iterator[tuple[str, str]]:
+    """What was uploaded, and where to."""
+    settings = work.recipe.export
+    if settings.push_to_hub is not None:
+        folders = {"": folder, "export": work.folder}
+        yield "pushed_to", hub.push(settings.push_to_hub, folders, settings.private)
+    if settings.push_kept_to_hub is not None and kept is not None:
+        about = work.folder / hub.KEPT_CARD
+        dataset_card.write(about, kept, work.recipe, settings.push_kept_to_hub)
+        folders = {dataset_card.DATA: kept, "": about}
+        yield "kept_pushed_to", hub.push(settings.push_kept_to_hub, folders, settings.private, "dataset")
 
 
 def inputs(recipe: Recipe, student: Student) -> dict[str, Any]:

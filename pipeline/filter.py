@@ -1,26 +1,31 @@
 """Stage 4: the best documents are kept, and every dropped one is counted."""
 
 import heapq
+import json
 import logging
 import math
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline import cascade, choice, config, corpus, judged, scored, storage
+from pipeline import cascade, choice, chosen, config, corpus, judged, locks, mirror, places, scored, spread, storage
 from pipeline import rule as rules
-from pipeline.config import Recipe
+from pipeline.config import Recipe, digest
 from pipeline.errors import UserError
 from pipeline.keys import AMOUNTS, THRESHOLDS, Survey, reaches, surveyed
+from pipeline.places import Place
 from pipeline.rule import Rule
-from pipeline.shards import Counts, Shard, fingerprint
+from pipeline.shards import Counts, Shard, fingerprints
 from pipeline.sinks import SINKS
-from pipeline.tracking import Result, progress, stage
+from pipeline.tracking import Result, progress, read_json, stage
 
 log = logging.getLogger("gristmill")
 
@@ -32,6 +37,8 @@ Example = tuple[int, float, str]
 Examples = dict[str, list[Example]]
 """A few rows that were kept, and a few that were dropped."""
 
+TALLIES = "tallies"
+"""Folder of what became of each shard."""
 REASON = pa.field("dropped_reason", pa.string())
 
 
@@ -62,7 +69,7 @@ class FilterResult(Result):
 
 
 class Tally:
-    """What became of the rows, in all and by group."""
+    """What became of rows, in all and by group."""
 
     def __init__(self, n_groups: int) -> None:
         self.counts = Counts()
@@ -74,31 +81,97 @@ class Tally:
         """Lowest score that was kept."""
         self.examples: Examples = {"kept": [], "dropped": []}
 
+    def add(self, other: "Tally") -> None:
+        """Add what became of other rows."""
+        for name, n in asdict(other.counts).items():
+            setattr(self.counts, name, getattr(self.counts, name) + n)
+        self.fates += other.fates
+        self.has_tokens &= other.has_tokens
+        self.n_tokens += other.n_tokens
+        self.n_rows += other.n_rows
+        self.n_kept += other.n_kept
+        self.n_tokens_kept += other.n_tokens_kept
+        self.lowest = np.minimum(self.lowest, other.lowest)
+        for side, heap in other.examples.items():
+            self.examples[side] = heapq.nlargest(N_EXAMPLES, {*self.examples[side], *heap})
+
+    def said(self) -> dict[str, Any]:
+        """As JSON."""
+        arrays = {name: getattr(self, name).tolist() for name in ARRAYS}
+        lowest = [score if math.isfinite(score) else None for score in self.lowest.tolist()]
+        plain = {name: getattr(self, name) for name in ("fates", "has_tokens", "n_tokens", "examples")}
+        return {"counts": asdict(self.counts), **plain, **arrays, "lowest": lowest}
+
+
+ARRAYS = ("n_rows", "n_kept", "n_tokens_kept")
+
+
+def tally_from(said: dict[str, Any]) -> Tally:
+    """A tally from JSON."""
+    tally = Tally(len(said["lowest"]))
+    tally.counts, tally.fates = Counts(**said["counts"]), Counter(said["fates"])
+    tally.has_tokens, tally.n_tokens = said["has_tokens"], said["n_tokens"]
+    for name in ARRAYS:
+        setattr(tally, name, np.array(said[name], np.int64))
+    tally.lowest = np.array([math.inf if score is None else score for score in said["lowest"]])
+    tally.examples = {side: [tuple(each) for each in heap] for side, heap in said["examples"].items()}
+    return tally
+
 
 def run(recipe: Recipe, redo: bool = False) -> FilterResult:
-    """Choose the cut, then write each shard's rows to the kept corpus or aside."""
+    """Choose the cut, then write each shard's rows to the kept corpus or aside; a shard that is there is not written
+    again."""
     check_one_cut(recipe.filter)
     check_apart(recipe)
     found, shards = scored.locate(recipe, "filter")
     behind = scored.cascade_of(shards)
     if behind:
         cascade.check_filter(recipe.filter, behind["keep_share"])
+    own = spread.part(list(enumerate(shards)), recipe.shard)
     with stage("filter", recipe, inputs(recipe, shards)) as work:
-        done = work.finished(FilterResult, redo, (work.folder / "kept").exists(), start=False)
+        there = names_there(recipe)
+        is_whole = all(name_of(shard, recipe.filter) in there for _, shard in own)
+        done = work.finished(FilterResult, redo, is_whole, start=False)
         if done:
             return done
-        survey, floor = Survey(recipe.filter, found, recipe.seed), rules.floor_of(recipe.filter)
-        with surveyed(survey, shards, floor, recipe.seed, work.folder / "keys") as paths:
-            rule, tally = rules.choose(recipe, survey, floor, tuple(paths)), Tally(max(1, len(survey.n_scored)))
-            if behind:
-                rules.check_behind(recipe.filter, survey, rule, behind)
-            work.start()
-            for side in ("kept", "dropped"):
-                storage.sweep(work.folder / side, keep=set())
-            with progress("filter", corpus.n_rows(shards)) as step:
-                for number, shard in enumerate(shards):
-                    step(write_shard(shard, number, survey, recipe, rule, work.folder, tally))
-        return work.finish(summarise(recipe, survey, rule, tally, bool(behind), work.seconds))
+        there = names_there(recipe)  # without what was cut off, which is gone now
+        made_from, survey = digest(work.inputs), Survey(recipe.filter, found, recipe.seed)
+        make = partial(choose, recipe, shards, behind, survey)
+        survey, rule = chosen.once(work.folder, made_from, survey, make)
+        check_ours(work.folder, shards, recipe)
+        work.start()
+        if not recipe.shard:
+            sweep(work.folder, shards, recipe)
+        prints = chosen.fingerprints(recipe, (survey, rule), work.inputs)
+        known = {shard: tally_of(shard, prints[shard.name], work.folder) for _, shard in own}
+        tallies = {shard: tally if name_of(shard, recipe.filter) in there else None for shard, tally in known.items()}
+        if None in tallies.values():
+            mirror.forget(work.folder / TALLIES)  # else another machine would take new shards for those of before
+        todo = [(number, shard) for number, shard in own if tallies[shard] is None]
+        with progress("filter", corpus.n_rows([shard for _, shard in todo])) as step:
+            start = partial(writer, recipe, found, work.folder, made_from, prints)
+            for (_, shard), tally in spread.over(recipe, start, todo):
+                tallies[shard] = tally
+                step(tally.counts.n_rows)
+        if recipe.engine == "ray" and not recipe.shard:
+            sweep(work.folder, shards, recipe)  # actors that died left files
+        total = Tally(max(1, len(survey.n_scored)))
+        for written in tallies.values():
+            assert written is not None, "every shard is written"
+            total.add(written)
+        result = work.finish(summarise(recipe, survey, rule, total, bool(behind), work.seconds))
+        if not recipe.shard:
+            chosen.forget(work.folder)
+        return result
+
+
+def choose(recipe: Recipe, shards: list[Shard], behind: dict[str, Any] | None, survey: Survey, folder: Path) -> Rule:
+    """What is kept, after a look at all scores."""
+    floor = rules.floor_of(recipe.filter)
+    rule = rules.choose(recipe, survey, floor, tuple(surveyed(survey, shards, floor, folder)))
+    if behind:
+        rules.check_behind(recipe.filter, survey, rule, behind)
+    return rule
 
 
 def check_one_cut(settings: config.Filter) -> None:
@@ -122,9 +195,11 @@ def check_one_cut(settings: config.Filter) -> None:
 
 def check_apart(recipe: Recipe) -> None:
     """Refuse to read what is about to be overwritten."""
-    folder = recipe.filter.scored
-    if folder and folder.resolve().is_relative_to((recipe.run_folder / "filter").resolve()):
-        raise UserError(f"filter.scored: {folder} is where this run's kept corpus goes; give another run_folder")
+    kept = places.corpus(recipe, "filter")
+    if recipe.filter.scored:
+        source = places.of(recipe.filter.scored, "filter.scored")
+        if places.lies_in(source, kept) or places.lies_in(kept, source):
+            raise UserError(f"filter.scored: {source} is where this run's kept corpus goes; give another run_folder")
 
 
 def inputs(recipe: Recipe, found: list[Shard]) -> dict[str, Any]:
@@ -135,7 +210,7 @@ def inputs(recipe: Recipe, found: list[Shard]) -> dict[str, Any]:
         "filter": recipe.filter.identity(),
         "seed": recipe.seed,
         **drawn_by,
-        "shards": {shard.name: fingerprint(shard) for shard in found},
+        "shards": fingerprints(found),
         **{path.name: storage.content(path) for path in files if path.exists()},
     }
 
@@ -143,19 +218,86 @@ def inputs(recipe: Recipe, found: list[Shard]) -> dict[str, Any]:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_shard(
-    shard: Shard, number: int, survey: Survey, recipe: Recipe, rule: Rule, folder: Path, tally: Tally
-) -> int:
-    """Send each row of a scored shard to the kept corpus or aside, and count what became of it; the number of rows."""
-    found, sink = survey.found, SINKS[recipe.filter.output_format]
+def sides(recipe: Recipe) -> list[Place]:
+    """Where rows go: those kept and those dropped."""
+    kept = places.corpus(recipe, "filter")
+    return [kept, places.side(kept, "dropped")]
+
+
+def wanted(recipe: Recipe) -> list[Place]:
+    """Those of them that are written."""
+    return sides(recipe)[: 1 + recipe.filter.keep_dropped]
+
+
+def name_of(shard: Shard, settings: config.Filter) -> str:
+    """The name of a shard on either side."""
+    return PurePosixPath(shard.name).with_suffix(f".{settings.output_format}").as_posix()
+
+
+def names_there(recipe: Recipe) -> set[str]:
+    """Names that are there on all sides that are wanted."""
+    return set.intersection(*map(places.names, wanted(recipe)))
+
+
+def tally_file(shard: Shard, folder: Path) -> Path:
+    """Says, once its rows are written, what became of a shard."""
+    return folder / TALLIES / f"{shard.name}.json"
+
+
+def tally_of(shard: Shard, made_from: str, folder: Path) -> Tally | None:
+    """What became of a shard whose rows were chosen in the same way before; None if it has to be (re)done."""
+    known = read_json(tally_file(shard, folder)) or {}
+    return tally_from(known["tally"]) if known.get("made_from") == made_from else None
+
+
+def check_ours(folder: Path, shards: list[Shard], recipe: Recipe) -> None:
+    """Refuse a folder that the user named and that holds more than shards of this run."""
+    ours = {PurePosixPath(name).with_suffix("").with_suffix("") for name in places.names(folder / TALLIES)}
+    ours |= {PurePosixPath(shard.name).with_suffix("") for shard in shards}
+    for place in sides(recipe) if recipe.filter.output else []:
+        foreign = next((name for name in places.names(place) if PurePosixPath(name).with_suffix("") not in ours), None)
+        if foreign is not None:
+            raise UserError(f"filter.output: {place} holds {foreign}, which is not of this run; give an empty folder")
+
+
+def sweep(folder: Path, shards: list[Shard], recipe: Recipe) -> None:
+    """Remove what killed processes left, and what was made of other shards or is no longer asked for."""
+    for place in sides(recipe):
+        names = {name_of(shard, recipe.filter) for shard in shards} if place in wanted(recipe) else set()
+        storage.sweep(place, names)
+    storage.sweep(folder / TALLIES, {f"{shard.name}.json" for shard in shards})
+
+
+def writer(
+    recipe: Recipe, found: config.Corpus, folder: Path, made_from: str, prints: dict[str, str]
+) -> Callable[[tuple[int, Shard]], Tally]:
+    """Writes the rows of numbered shards by what has been chosen."""
+    there = chosen.read(folder, made_from, recipe.filter, found, recipe.seed)
+    assert there is not None, "the choice is there until the stage is finished"
+    survey, rule = there
+
+    def write(numbered: tuple[int, Shard]) -> Tally:
+        number, shard = numbered
+        tally = write_shard(shard, number, survey, recipe, rule)
+        said = {"made_from": prints[shard.name], "tally": tally.said()}
+        storage.write_text(tally_file(shard, folder), json.dumps(said, ensure_ascii=False))
+        return tally
+
+    return write
+
+
+def write_shard(shard: Shard, number: int, survey: Survey, recipe: Recipe, rule: Rule) -> Tally:
+    """Send each row of a scored shard to the kept corpus or aside; what became of them."""
+    found, sink, tally = survey.found, SINKS[recipe.filter.output_format], Tally(max(1, len(survey.n_scored)))
     schema = corpus.read_schema(shard, found)
+    paths = [place / name_of(shard, recipe.filter) for place in sides(recipe)]
     start = 0
     with ExitStack() as files:
-        keep = files.enter_context(sink(folder / "kept" / shard.name, schema))
-        aside = folder / "dropped" / shard.name
-        drop = files.enter_context(sink(aside, schema.append(REASON))) if recipe.filter.keep_dropped else None
+        files.enter_context(locks.written_by_one(paths[0]))
+        keep = files.enter_context(sink(paths[0], schema))
+        drop = files.enter_context(sink(paths[1], schema.append(REASON))) if recipe.filter.keep_dropped else None
         for batch in corpus.read(shard, found, tally.counts):
-            reasons = reasons_to_drop(batch, rule, chosen(rule, number, start, batch.num_rows))
+            reasons = reasons_to_drop(batch, rule, reach_cut(rule, number, start, batch.num_rows))
             kept = np.array([reason is None for reason in reasons], dtype=bool)
             tally.fates.update(reason or "kept" for reason in reasons)
             count(batch, shard, survey, kept, tally)
@@ -164,10 +306,10 @@ def write_shard(
             if drop is not None:
                 drop(batch.append_column(REASON, pa.array(reasons, pa.string())).filter(pa.array(~kept)))
             start += batch.num_rows
-    return start
+    return tally
 
 
-def chosen(rule: Rule, number: int, start: int, n: int) -> NDArray[np.bool_]:
+def reach_cut(rule: Rule, number: int, start: int, n: int) -> NDArray[np.bool_]:
     """Whether the keys of the next `n` rows of a shard reach their cut: (n,)."""
     if rule.cuts is None:
         return np.ones(n, bool)
@@ -239,7 +381,7 @@ def summarise(recipe: Recipe, survey: Survey, rule: Rule, tally: Tally, behind: 
     assert n_rows == n_kept + n_dropped, f"{n_rows} rows in, {n_kept} + {n_dropped} out"
     assert tally.n_rows.sum() == n_rows and tally.n_kept.sum() == n_kept, "groups do not add up"
     cut = cut_of(rule, tally, recipe.filter)
-    if not n_kept:
+    if not n_kept and not recipe.shard:
         log.warning("filter: nothing reaches %g, so nothing is kept", rule.floor.cut if rule.floor else math.inf)
     kept = None if behind else rules.chance(recipe.filter, survey, rule, float(tally.lowest[0]))
     lie = survey.scores.lie()

@@ -19,7 +19,7 @@ from pipeline.models import pick_device
 from pipeline.perplexity import Predicted
 from pipeline.shards import find_shards, fingerprint
 from pipeline.storage import write_table, write_text
-from pipeline.tracking import Result, Stage, progress, read_json, stage, upstream
+from pipeline.tracking import Result, Stage, corpus_of, progress, read_json, stage
 from pipeline.training import Job
 
 CHARACTERS_PER_TOKEN = 4
@@ -106,8 +106,8 @@ def corpus(recipe: Recipe) -> Corpus:
     """The documents: all, or what the run's filter kept."""
     if recipe.finetune.on == "corpus":
         return recipe.corpus
-    folder = upstream(None, recipe, "filter/kept", "finetune")
-    return Corpus(path=str(folder), text_column=recipe.corpus.text_column)
+    place = corpus_of("filter", recipe, "finetune")
+    return Corpus(path=str(place), text_column=recipe.corpus.text_column)
 
 
 def inputs(recipe: Recipe, found: Corpus) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The formats of a corpus, each streamed as record batches: parquet, Arrow, JSON lines, Hub datasets."""
 
+import io
 import json
 import re
 from collections import Counter
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import Corpus
 from pipeline.errors import UserError
+from pipeline.limits import check_parquet, check_rows, in_proportion, lines
 from pipeline.shards import Counts, Shard, first_line, load_hub_dataset, opened
 
 BATCH_ROWS = 2048
@@ -25,15 +27,17 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # -- parquet and Arrow ------------------------------------------------------------------------------------------------
 
 
-def read_parquet(shard: Shard, _: Corpus, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+def read_parquet(shard: Shard, corpus: Corpus, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
     """Stream a parquet shard. Page headers have no checksum, and damage there ends the rows early: so count them."""
     with opened(shard) as file:
+        size = file.seek(0, io.SEEK_END)
         reader = open_parquet(file, shard)
+        check_parquet(reader.metadata, size, shard, corpus)
         wanted = None if columns is None else [check_column(reader.schema_arrow, name, shard) for name in columns]
         missing = reader.metadata.num_rows
         for batch in reader.iter_batches(rows_at_a_time(reader.metadata), columns=wanted):
             missing -= batch.num_rows
-            yield batch
+            yield check_rows(batch, shard, corpus)
     if missing:
         raise OSError(f"{missing} of its rows are missing")
 
@@ -59,10 +63,24 @@ def rows_at_a_time(metadata: pq.FileMetaData) -> int:
     return int(max(1, min(BATCH_ROWS, BATCH_BYTES * metadata.num_rows // max(n_bytes, 1))))
 
 
-def read_arrow(shard: Shard, _: Corpus, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+def read_arrow(shard: Shard, corpus: Corpus, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
     """Stream an Arrow shard."""
     with opened(shard) as file:
-        yield from in_pieces(open_arrow(file, shard)[1], shard, columns)
+        begin = len(FILE_BEGINS) if is_file_format(file) else 0
+        batches = in_proportion(map(whole, open_arrow(file, shard)[1]), file, begin, shard, corpus)
+        yield from in_pieces(batches, shard, corpus, columns)
+
+
+def whole(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch, if nothing in it points outside its buffers: Arrow believes a damaged file, and would crash on it.
+    Text that is not UTF-8 may pass, to be repaired."""
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if "UTF8" not in str(error):
+                raise
+    return batch
 
 
 def arrow_schema(shard: Shard, _: Corpus) -> pa.Schema:
@@ -73,19 +91,30 @@ def arrow_schema(shard: Shard, _: Corpus) -> pa.Schema:
 
 def open_arrow(file: IO[bytes], shard: Shard) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
     """Schema and batches of the stream format (save_to_disk) or the file format (Feather)."""
-    is_file = file.read(6) == b"ARROW1"
-    file.seek(0)
+    is_file = is_file_format(file)
     reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
     check_unique(reader.schema, shard)
     return reader.schema, map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
 
 
-def in_pieces(batches: Iterable[pa.RecordBatch], shard: Shard, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+FILE_BEGINS = b"ARROW1\0\0"
+
+
+def is_file_format(file: IO[bytes]) -> bool:
+    """Whether a shard of Arrow is in the file format; it is left at its beginning."""
+    begins = file.read(6)
+    file.seek(0)
+    return begins == FILE_BEGINS[:6]
+
+
+def in_pieces(
+    batches: Iterable[pa.RecordBatch], shard: Shard, corpus: Corpus, columns: list[str] | None
+) -> Iterator[pa.RecordBatch]:
     """Record batches cut to BATCH_ROWS rows and to the columns asked for."""
     for batch in batches:
         wanted = batch if columns is None else batch.select(tops(batch.schema, columns, shard))
         for start in range(0, batch.num_rows, BATCH_ROWS):
-            yield wanted.slice(start, BATCH_ROWS)
+            yield check_rows(wanted.slice(start, BATCH_ROWS), shard, corpus)
 
 
 def tops(schema: pa.Schema, columns: list[str], shard: Shard) -> list[str]:
@@ -106,7 +135,7 @@ def read_jsonl(
     """
     known: dict[str, Any] = {}
     seen: set[str] = set()
-    with opened(shard) as file:
+    with opened(shard, corpus) as file:
         for number, rows in row_groups(file, shard, corpus, counts):
             for row in rows:
                 known |= row
@@ -127,7 +156,7 @@ def row_groups(
     """A batch of rows at a time, and the number of its last line."""
     rows: list[dict[str, Any]] = []
     n_bytes = number = 0
-    for number, line in enumerate(file, 1):
+    for number, line in lines(file, shard, corpus, counts):
         row = None if line.isspace() else parse_line(line, number, shard, corpus.skip_bad_rows, counts)
         if row is not None:
             rows.append(row)
@@ -229,7 +258,7 @@ def read_hub(shard: Shard, corpus: Corpus, columns: list[str] | None) -> Iterato
     dataset = load_hub_dataset(corpus)
     part = dataset.shard(num_shards=dataset.num_shards, index=shard.part).with_format("arrow")
     tables = part.iter(batch_size=BATCH_ROWS)
-    yield from in_pieces((batch for table in tables for batch in table.to_batches()), shard, columns)
+    yield from in_pieces((batch for table in tables for batch in table.to_batches()), shard, corpus, columns)
 
 
 def hub_schema(_: Shard, corpus: Corpus) -> pa.Schema | None:

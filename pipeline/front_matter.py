@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from pipeline import yaml_text
 from pipeline.errors import UserError
 
 ODD_BREAKS = re.compile(r"[\x85\u2028\u2029]|(?:^|\n)\n\Z")
@@ -19,9 +20,9 @@ def read(raw: str, path: Path) -> tuple[dict[str, Any], str]:
     if match is None:
         raise UserError(f"{path}: no front matter; begin the file with --- lines around its settings")
     try:
-        front = yaml.safe_load(match[1]) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: the front matter is not YAML: {' '.join(str(error).split())}") from None
+        front = yaml_text.parse(match[1]) or {}
+    except ValueError as error:
+        raise UserError(f"{path}: the front matter is not YAML: {error}") from None
     if not isinstance(front, dict):
         raise UserError(f"{path}: the front matter is not a mapping; write one setting: value a line")
     return front, match[2].strip()

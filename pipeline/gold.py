@@ -25,9 +25,9 @@ log = logging.getLogger("gristmill")
 
 NUMBER = re.compile(r"[+-]?(?:\d+(?:[.,]\d*)?|[.,]\d+)")
 """A score as people type it, with a decimal point or comma."""
-FORMULA = re.compile(r"'*[=+\-@\t\r]")
+FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
 """Begins a cell that a spreadsheet may run as a formula, or one that looks as if it had been defused."""
-DEFUSED = re.compile(r"'+[=+\-@\t\r]")
+DEFUSED = re.compile(r"'+[=+\-@\t\r\n＝＋－＠]")
 LONGEST_CELL = 2**31 - 1
 
 Row = dict[str, Any]

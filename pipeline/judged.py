@@ -7,11 +7,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.config import Recipe, digest
 from pipeline.metrics import Bools, Floats
+from pipeline.storage import read_table
 from pipeline.tracking import read_json
 from pipeline.weighting import N_STRATA, Chance, Quality, Strata, estimate, strata
 
@@ -60,7 +60,7 @@ def rated(recipe: Recipe, test: bool) -> Judged | None:
     known_student = is_scored_by_the_student(recipe) and not recipe.score.student and not recipe.filter.scored
     if not known_student or not path.exists() or known.get("good_from") is None:
         return None
-    table = pq.read_table(path, columns=["id", "split", "score", "held_out_score", "round"])
+    table = read_table(path, ["id", "split", "score", "held_out_score", "round"])
     of_part = pc.equal(table["split"], "test") if test else pc.not_equal(table["split"], "test")
     table = table.filter(pc.and_(of_part, pc.equal(table["round"], 0)))
     return judged("test part" if test else "ratings", table, "held_out_score", known["good_from"])
@@ -72,7 +72,7 @@ def audited(recipe: Recipe) -> Judged | None:
     path = recipe.run_folder / "audit" / "ratings.parquet"
     if result is None or recipe.filter.scored or not path.exists() or not is_of_these_scores(recipe):
         return None
-    return judged("audit", pq.read_table(path), "student_score", result["good_from"])
+    return judged("audit", read_table(path), "student_score", result["good_from"])
 
 
 def of_scores(recipe: Recipe) -> str:

@@ -1,9 +1,6 @@
 """One pass over a scored corpus before anything is chosen: how its scores lie, and a key for each row."""
 
 import math
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +11,7 @@ from numpy.typing import NDArray
 from pipeline import config, corpus, density, metrics, scored, storage
 from pipeline.choice import ROW, Groups, Noise
 from pipeline.errors import UserError
+from pipeline.places import Place
 from pipeline.shards import Counts, Shard
 from pipeline.tracking import Step, progress
 
@@ -47,7 +45,7 @@ class Survey:
     """What one pass over a scored corpus finds."""
 
     def __init__(self, settings: config.Filter, found: config.Corpus, seed: int) -> None:
-        self.settings, self.found = settings, found
+        self.settings, self.found, self.seed = settings, found, seed
         self.scores = Scores()
         self.groups = Groups(settings.per_group, "filter.per_group")
         self.n_scored = np.zeros(0, np.int64)
@@ -122,23 +120,15 @@ def reaches(batch: pa.RecordBatch, floor: Floor | None) -> NDArray[np.bool_]:
     return np.asarray(scored.scores(batch, floor.column) >= np.float32(floor.cut), bool)
 
 
-@contextmanager
-def surveyed(
-    survey: Survey, shards: list[Shard], floor: Floor | None, seed: int, folder: Path
-) -> Iterator[list[Path]]:
-    """The key files of all shards, in `folder` as long as they are needed; empty where no amount is asked for."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        paths = [folder / f"{number:06d}.rows" for number in range(len(shards))]
-        with progress("filter: scores", corpus.n_rows(shards)) as step:
-            for shard, path in zip(shards, paths, strict=True):
-                write_keys(survey, shard, floor, path, step)
-        if survey.settings.sampling == "density":
-            thin_out(paths, scored.embeddings_of(survey.found, shards), seed)
-        yield paths
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def surveyed(survey: Survey, shards: list[Shard], floor: Floor | None, folder: Path) -> list[Path]:
+    """The key files of all shards, in `folder`; empty where no amount is asked for."""
+    paths = [folder / f"{number:06d}.rows" for number in range(len(shards))]
+    with progress("filter: scores", corpus.n_rows(shards)) as step:
+        for shard, path in zip(shards, paths, strict=True):
+            write_keys(survey, shard, floor, path, step)
+    if survey.settings.sampling == "density":
+        thin_out(paths, scored.embeddings_of(survey.found, shards), survey.seed)
+    return paths
 
 
 def write_keys(survey: Survey, shard: Shard, floor: Floor | None, path: Path, step: Step) -> None:
@@ -151,7 +141,7 @@ def write_keys(survey: Survey, shard: Shard, floor: Floor | None, path: Path, st
             step(batch.num_rows)
 
 
-def thin_out(paths: list[Path], embeddings: list[Path], seed: int) -> None:
+def thin_out(paths: list[Path], embeddings: list[Place], seed: int) -> None:
     """Take the logarithm of how many documents are alike off every key."""
     of, first = density.reference(embeddings, seed), 0
     for path, vectors in zip(paths, embeddings, strict=True):

@@ -9,18 +9,18 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
 
-from pipeline import bars, corpora, labels, panel, prompts, teacher
+from pipeline import bars, corpora, engines, labels, panel, parts, prompts, teacher
 from pipeline.bars import Bars
 from pipeline.config import Label, Recipe, Teacher
 from pipeline.corpora import Listed
-from pipeline.engines import engine
 from pipeline.errors import Pending, UserError, needs, required
 from pipeline.panel import Rater, Start
+from pipeline.parts import PartResult
 from pipeline.sample import draw, where_rows_went
 from pipeline.shards import find_shards, fingerprint
 from pipeline.spending import check_budget
 from pipeline.storage import write_text
-from pipeline.teacher import AnswerStore, Ask
+from pipeline.teacher import Ask
 from pipeline.tracking import Result, Stage, dump, stage
 
 log = logging.getLogger("gristmill")
@@ -83,7 +83,7 @@ class Outcome(BaseModel, frozen=True, extra="forbid"):
     """Its folder in the run folder."""
     state: State
     reason: str | None
-    result: LabelResult | None
+    result: LabelResult | PartResult | None
 
 
 class SeveralResult(Result):
@@ -95,11 +95,12 @@ class SeveralResult(Result):
     corpora: list[Outcome]
 
 
-def run(recipe: Recipe, redo: bool = False) -> LabelResult | SeveralResult:
+def run(recipe: Recipe, redo: bool = False) -> LabelResult | PartResult | SeveralResult:
     """Label a sample of the corpus, or of each listed one; answers already recorded are not asked for again."""
     rater = rater_of(recipe)
+    recipe = recipe.model_copy(update={"label": parts.share(recipe.label, recipe.shard)})
     if recipe.label.datasets is None:
-        return label(recipe, rater, redo, engine)[0]
+        return label(recipe, rater, redo, engines.of(recipe))[0]
     return label_all(corpora.read(recipe.label.datasets), recipe, rater, redo)
 
 
@@ -120,15 +121,17 @@ def rater_of(recipe: Recipe) -> Rater:
 # -- one corpus -------------------------------------------------------------------------------------------------------
 
 
-def label(recipe: Recipe, rater: Rater, redo: bool, start: Start) -> tuple[LabelResult, bool]:
-    """Label one corpus; says too whether that had been done before."""
+def label(recipe: Recipe, rater: Rater, redo: bool, start: Start) -> tuple[LabelResult | PartResult, bool]:
+    """Label one corpus, or ask about a part of it; says too whether that had been done before."""
     with stage("label", recipe, inputs(recipe, rater)) as work:
-        done = work.finished(LabelResult, redo, (work.folder / "labels.parquet").exists())
+        done = parts.finished(work, LabelResult, redo, (work.folder / "labels.parquet").exists())
         if done:
             return done, True
         documents, counts = draw(recipe.corpus, recipe.label, recipe.seed)
-        with AnswerStore(work.folder / "answers.sqlite") as store:
-            texts = [document.text for document in documents]
+        texts = [document.text for document in documents]
+        if recipe.shard:
+            return parts.asked(work, [rater], texts, recipe.label, start=start), False
+        with parts.gathered(work) as store:
             got = panel.collect("label", [rater], texts, store, recipe.label, start)
             said = panel.opinions(rater, texts, store, got.failed)
         labels.write(work.folder / "labels.parquet", documents, said)
@@ -143,7 +146,7 @@ def label(recipe: Recipe, rater: Rater, redo: bool, start: Start) -> tuple[Label
         )
         check_readable(result, work)
         picture(work.folder, [as_bars(str(recipe.corpus.path), result)], rater)
-        return work.finish(result), False
+        return parts.put_together(work, result), False
 
 
 def inputs(recipe: Recipe, rater: Rater) -> dict[str, Any]:
@@ -213,7 +216,7 @@ class NoTeacher(UserError):
 def label_all(listed: list[Listed], recipe: Recipe, rater: Rater, redo: bool) -> SeveralResult:
     """Label one corpus after the other, whatever becomes of each; the model is loaded once, and only if needed."""
     begin, found = time.perf_counter(), list[Outcome]()
-    with kept_running() as start:
+    with kept_running(engines.of(recipe)) as start:
         for entry, title in zip(listed, corpora.titles(listed), strict=True):
             log.info("label: %s (%d of %d)", title, len(found) + 1, len(listed))
             limits = left_over(recipe.label, found, time.perf_counter() - begin)
@@ -222,19 +225,22 @@ def label_all(listed: list[Listed], recipe: Recipe, rater: Rater, redo: bool) ->
     result = SeveralResult(
         seconds=round(time.perf_counter() - begin, 3),
         n_sampled=sum(each.result.n_sampled for each in found if each.result),
-        n_labelled=sum(each.result.n_labelled for each in found if each.result),
+        n_labelled=sum(each.result.n_labelled for each in found if isinstance(each.result, LabelResult)),
         states={state: sum(each.state == state for each in found) for state in get_args(State)},
         corpora=found,
     )
+    if recipe.shard:
+        return result
     write_text(recipe.run_folder / "labels.json", dump(result.model_dump(mode="json")))
-    drawn = [as_bars(each.title, each.result) for each in found if each.result and each.state != "failed"]
+    done = [(each.title, each.result) for each in found if each.state != "failed"]
+    drawn = [as_bars(title, result) for title, result in done if isinstance(result, LabelResult)]
     if drawn:
         picture(recipe.run_folder, drawn, rater)
     return result
 
 
 @contextmanager
-def kept_running() -> Iterator[Start]:
+def kept_running(begin: Start) -> Iterator[Start]:
     """Starts a teacher when it is first asked, and keeps it for all that follow; one that is asked by file is started
     for each, for it leaves its files when it ends."""
     running: list[Ask] = []
@@ -243,12 +249,12 @@ def kept_running() -> Iterator[Start]:
         @contextmanager
         def start(teacher: Teacher) -> Iterator[Ask]:
             if teacher.batch_folder:
-                with engine(teacher) as ask:
+                with begin(teacher) as ask:
                     yield ask
                 return
             if not running:
                 try:
-                    running.append(until_the_end.enter_context(engine(teacher)))
+                    running.append(until_the_end.enter_context(begin(teacher)))
                 except UserError as error:
                     raise NoTeacher(str(error)) from None
             yield running[0]

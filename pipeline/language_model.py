@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from pipeline import model_files
 from pipeline.errors import UserError, needs
 from pipeline.models import files_of, pick_dtype
 from pipeline.storage import replacing, writing
@@ -23,7 +24,7 @@ def load(
             raise ValueError("it is an encoder-decoder")
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            where, dtype=pick_dtype(dtype, device), output_loading_info=True, **options
+            where, dtype=pick_dtype(dtype, device), output_loading_info=True, **model_files.of_weights(options)
         )
     except (OSError, ValueError, KeyError, ImportError, struct.error, safetensors.SafetensorError) as error:
         raise UserError(
@@ -39,7 +40,7 @@ def load(
 
 def first_sentence(error: Exception) -> str:
     """What the library says, as far as it is about this."""
-    return " ".join(str(error).split()).split(". ")[0][:200]
+    return model_files.reason(error).split(". ")[0]
 
 
 def check_whole(name: str, setting: str) -> None:

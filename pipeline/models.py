@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline import model_files
 from pipeline.errors import UserError, needs
 
 log = logging.getLogger("gristmill")
@@ -26,7 +27,9 @@ def locate(name: str, setting: str) -> str:
     looks_local = name.startswith(("/", "./", "../", "~"))
     if looks_local and not Path(name).expanduser().exists():
         raise UserError(f"{setting}: {name} does not exist; give a model folder or a Hub name")
-    return str(Path(name).expanduser()) if looks_local else name
+    where = str(Path(name).expanduser()) if looks_local else name
+    model_files.check(where, setting)
+    return where
 
 
 def locate_in_package(name: str, setting: str) -> str:
@@ -48,8 +51,8 @@ def files_of(name: str, setting: str, revision: str | None = None) -> tuple[str,
     where = locate(name, setting)
     if where.endswith(".gguf"):
         needs("gguf", "demo")
-        return str(Path(where).parent), {"gguf_file": Path(where).name}
-    return where, {"revision": revision} if revision else {}
+        return str(Path(where).parent), {"gguf_file": Path(where).name, **model_files.NO_CODE}
+    return where, {**({"revision": revision} if revision else {}), **model_files.NO_CODE}
 
 
 @functools.lru_cache(maxsize=2)
@@ -59,7 +62,7 @@ def load_tokenizer(name: str, setting: str, revision: str | None = None) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{setting}: no tokenizer of {name} ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{setting}: no tokenizer of {name} ({model_files.reason(error)})") from None
 
 
 def pick_device(device: str | None) -> str:

@@ -31,7 +31,7 @@ def passages(settings: Corpus, shards: list[Shard]) -> Iterator[str]:
     rows = [list(texts(settings, shard)) for shard in shards]
     length = min(LENGTH, sum(len(row) for each in rows for row in each) // FEWEST)
     for shard, found in zip(shards, rows, strict=True):
-        yield from joined(found, "\n\n" if plain_text.has_paragraphs(shard) else "\n", length)
+        yield from joined(found, "\n\n" if plain_text.has_paragraphs(shard, settings) else "\n", length)
 
 
 def texts(settings: Corpus, shard: Shard) -> Iterator[str]:

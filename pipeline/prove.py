@@ -5,13 +5,14 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import (
@@ -23,6 +24,7 @@ from pipeline import (
     proof,
     prove_picture,
     sft,
+    spread,
     storage,
     training,
 )
@@ -32,7 +34,7 @@ from pipeline.metrics import Floats
 from pipeline.models import pick_device
 from pipeline.proof import Proof, Training
 from pipeline.shards import fingerprint
-from pipeline.tracking import Result, Stage, read_json, stage
+from pipeline.tracking import Result, Stage, progress, read_json, stage
 
 log = logging.getLogger("gristmill")
 
@@ -85,10 +87,7 @@ def run(recipe: Recipe, redo: bool = False) -> ProveResult:
         begin(work, redo)
         made = proof.prepare(recipe, work.folder)
         write_blocks(work.folder / WATCHED, curve_blocks(made))
-        for number, each in enumerate(made.trainings, 1):
-            if not (each.folder / PREDICTED).exists():
-                log.info("prove: %s, seed %d (training %d of %d)", each.arm, each.seed, number, len(made.trainings))
-                learn(work, made, each)
+        train_all(work, made)
         result = summarise(recipe, work, made)
         try:
             prove_picture.draw(work.folder / "prove.png", result.model_dump())
@@ -137,11 +136,26 @@ def begin(work: Stage, redo: bool) -> None:
     work.start()
 
 
-# -- one training -----------------------------------------------------------------------------------------------------
+# -- trainings --------------------------------------------------------------------------------------------------------
+
+
+def train_all(work: Stage, made: Proof) -> None:
+    """Do the trainings that are not done, here one after another or in the actors of a cluster."""
+    todo = [each for each in made.trainings if not (each.folder / PREDICTED).exists()]
+    n_done = len(made.trainings) - len(todo)
+    with progress("prove", len(made.trainings), unit="trainings", already=n_done) as step:
+        for _ in spread.over(work.recipe, partial(learner, work, made), todo):
+            step(1)
+
+
+def learner(work: Stage, made: Proof) -> Callable[[Training], None]:
+    """Does one training after another."""
+    return partial(learn, work, made)
 
 
 def learn(work: Stage, made: Proof, each: Training) -> None:
     """Train, judge, and remove what is not needed any more."""
+    log.info("prove: %s, seed %d (%d trainings in all)", each.arm, each.seed, len(made.trainings))
     settings, rows = work.recipe.prove, each.folder / "rows.parquet"
     each.folder.mkdir(parents=True, exist_ok=True)
     write_blocks(rows, each.blocks)
@@ -193,7 +207,7 @@ def judge(recipe: Recipe, made: Proof, model: Path, folder: Path) -> None:
 def summarise(recipe: Recipe, work: Stage, made: Proof) -> ProveResult:
     """Every arm in figures, and each against each."""
     settings = recipe.prove
-    tables = {(each.arm, each.seed): pq.read_table(each.folder / PREDICTED) for each in made.trainings}
+    tables = {(each.arm, each.seed): storage.read_table(each.folder / PREDICTED) for each in made.trainings}
     said = {(each.arm, each.seed): read_json(each.folder / JUDGED) or {} for each in made.trainings}
     first = next(iter(tables.values()))
     n_bytes = first["n_bytes"].to_numpy()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import consensus, metrics, panel, ratings, rounds, teacher
+from pipeline import consensus, engines, metrics, panel, parts, ratings, rounds, teacher
 from pipeline import gold as golds
 from pipeline.config import Recipe
 from pipeline.consensus import Verdict
@@ -15,9 +15,9 @@ from pipeline.errors import UserError
 from pipeline.gold import GoldDocument
 from pipeline.metrics import Floats
 from pipeline.panel import Collected, Opinions, Rater
+from pipeline.parts import PartResult
 from pipeline.sample import Document, draw, where_rows_went
 from pipeline.shards import Counts, find_shards, fingerprint
-from pipeline.teacher import AnswerStore
 from pipeline.tracking import Result, Stage, read_json, stage
 
 log = logging.getLogger("gristmill")
@@ -79,12 +79,12 @@ class RateResult(Result):
     """Against the file of human scores."""
 
 
-def run(recipe: Recipe, redo: bool = False) -> RateResult:
-    """Rate a sample; answers already recorded are not asked for again."""
+def run(recipe: Recipe, redo: bool = False) -> RateResult | PartResult:
+    """Rate a sample, or ask about a part of it; answers already recorded are not asked for again."""
     raters = panel.of(recipe)
     with stage("rate", recipe, inputs(recipe, raters)) as work:
         n_rounds = len(rounds.files(work.folder))
-        done = work.finished(RateResult, redo, is_whole(work.folder, n_rounds))
+        done = parts.finished(work, RateResult, redo, is_whole(work.folder, n_rounds))
         if done:
             return done
         rate = recipe.rate
@@ -93,9 +93,11 @@ def run(recipe: Recipe, redo: bool = False) -> RateResult:
         people = golds.read(recipe.rate.gold)[0] if recipe.rate.gold else []
         judged = golds.documents(people, documents) if people else []
         texts = list(dict.fromkeys(document.text for document in [*documents, *judged]))
-        with AnswerStore(work.folder / "answers.sqlite") as store:
-            calibrate = recipe.rate.calibrate
-            got = panel.collect("rate", raters, texts, store, recipe.rate, calibrate=calibrate)
+        calibrate = rate.calibrate
+        if recipe.shard:
+            return parts.asked(work, raters, texts, parts.share(rate, recipe.shard), calibrate, engines.of(recipe))
+        with parts.gathered(work) as store:
+            got = panel.collect("rate", raters, texts, store, recipe.rate, engines.of(recipe), calibrate)
             said = [panel.opinions(rater, texts, store, got.failed, calibrate) for rater in raters]
         on_documents = [each.about(texts, [document.text for document in documents]) for each in said]
         verdicts = consensus.verdicts(on_documents, rate.consensus)
@@ -103,7 +105,7 @@ def run(recipe: Recipe, redo: bool = False) -> RateResult:
         human = against_people(work, people, judged, [each.about(texts, [d.text for d in judged]) for each in said])
         result = summarise(work, documents, counts, on_documents, verdicts, got, texts, human)
         check_readable(result, recipe, work, on_documents)
-        return work.finish(result)
+        return parts.put_together(work, result)
 
 
 def is_whole(folder: Path, n_rounds: int) -> bool:

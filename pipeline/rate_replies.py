@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline import consensus, conversations, judge, language_model, panel, rate, ratings, replies, teacher
+from pipeline import consensus, conversations, judge, language_model, panel, rate, ratings, replies, spread, teacher
 from pipeline.config import Recipe
 from pipeline.consensus import Verdict
 from pipeline.conversations import Exchange
@@ -68,6 +68,7 @@ class Material(NamedTuple):
 
 def run(recipe: Recipe, redo: bool = False) -> RepliesResult:
     """Have rated what has no score; answers and replies already recorded are not asked for again."""
+    spread.by_one(recipe, "align rate")
     raters = panel.of(recipe)
     given = read(recipe, raters[0].prompt)
     with stage("rate", recipe, inputs(recipe, raters)) as work:

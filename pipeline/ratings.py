@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.consensus import Verdict
+from pipeline.pairs import pairs
 from pipeline.panel import Opinions
 from pipeline.sample import Document
 from pipeline.storage import write_table
@@ -20,9 +21,9 @@ OPINION = pa.struct(
         "repeat": pa.int32(),
         "score": pa.float64(),
         "reason": pa.string(),
-        "attributes": pa.map_(pa.string(), pa.float64()),
+        "attributes": pairs(pa.string()),
         "answer": pa.string(),
-        "log_probs": pa.map_(pa.string(), pa.float64()),
+        "log_probs": pairs(pa.string()),
         "mass": pa.float64(),
         "entropy": pa.float64(),
         "was_truncated": pa.bool_(),
@@ -36,7 +37,7 @@ BEFORE = {"id": pa.string(), "text": pa.string(), "score": pa.float64(), "reason
 AFTER = {
     "spread": pa.float64(),
     "n_opinions": pa.int32(),
-    "probabilities": pa.map_(pa.float64(), pa.float64()),
+    "probabilities": pairs(pa.float64()),
     "stratum": pa.string(),
     "group": pa.string(),
     "round": pa.int32(),

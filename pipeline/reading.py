@@ -4,16 +4,18 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any, Literal, NamedTuple
 
 from pipeline.prompts import GAP, NUMBER, Prompt, score_pattern
-from pipeline.taxonomy import folded
+from pipeline.taxonomy import Taxonomy, folded
 
 EMPHASIS = re.compile(r"[*`]+|\b_+|_+\b")
 RANGE_GOES_ON = re.compile(rf"{GAP}(?:[-–—~]|(?:to|or|a|o)\b){GAP}\d", re.IGNORECASE)
 LINE_ENDS = re.compile(r"[^\w\n]*\n")
-BULLET = re.compile(r"\s*(?:[-*•–]|\d+[.)])\s+")
+BULLET = re.compile(r"\s*(?:[-*•–]|\d{1,3}[.)])\s+")
+MOST_COLONS = 16
+"""The last so many colons of a line can be where its labels begin."""
 AROUND = " \t.;,\"'«»“”<>[]()"
 """What may stand around a written label."""
 REFUSAL = re.compile(
@@ -163,7 +165,8 @@ def names_on(prompt: Prompt, line: str) -> list[str]:
     """The names on a line, after whichever of its colons leaves most that the taxonomy has: names may hold some."""
     assert prompt.labels is not None
     parts = BULLET.sub("", line).split(":")
-    tails = [split_names(prompt, ":".join(parts[start:])) for start in reversed(range(len(parts)))]
+    starts = reversed(range(max(0, len(parts) - MOST_COLONS), len(parts)))
+    tails = [split_names(prompt, ":".join(parts[start:])) for start in starts]
     match = prompt.labels.match
     return max(tails, key=lambda names: sum(match(name) is not None for name in names))
 
@@ -176,13 +179,21 @@ def split_names(prompt: Prompt, text: str) -> list[str]:
         return [text.strip(AROUND)] if text.strip(AROUND) else []
     names = []
     for part in re.split(r"[;|\n]", text):
-        pieces = part.split(",")
+        pieces = [piece for piece in part.split(",") if piece.strip(AROUND)]
         while pieces:
-            runs = (n for n in range(len(pieces), 1, -1) if prompt.labels.match(",".join(pieces[:n])))
-            n = next(runs, 1)
+            n = longest_run(prompt.labels, pieces)
             names.append(",".join(pieces[:n]).strip(AROUND))
             pieces = pieces[n:]
-    return [name for name in names if name]
+    return names
+
+
+def longest_run(labels: Taxonomy, pieces: list[str]) -> int:
+    """How many of the first pieces are one label together; 1 where no several are. Runs longer than every label are
+    not tried: a teacher that goes in circles writes hundreds of commas."""
+    longest = max(map(len, labels.spelled))
+    sizes = accumulate(max(1, len(folded(piece))) for piece in pieces)
+    most = sum(1 for _ in takewhile(lambda size: size <= longest, sizes))
+    return next((n for n in range(most, 1, -1) if labels.match(",".join(pieces[:n]))), 1)
 
 
 def why_unread(answer: str, finished: bool, otherwise: Reason) -> Reason:
@@ -200,14 +211,16 @@ def read_choices(prompt: Prompt, log_probs: dict[str, float], empty: dict[str, f
     """
     groups = grouped(prompt, log_probs)
     total = log_sum_exp([log_p for _, log_p in groups])
-    if total == -math.inf:
+    if not math.isfinite(total):
         return Reading(None, "no_score", mass=0.0)
-    mass = math.exp(total)
+    mass = math.exp(min(total, 0.0))
     if empty is not None:
         groups = [
             (value, log_p - prior) for (value, log_p), (_, prior) in zip(groups, grouped(prompt, empty), strict=True)
         ]
         total = log_sum_exp([log_p for _, log_p in groups])
+        if not math.isfinite(total):
+            return Reading(None, "no_score", mass)
     shares = [(value, math.exp(log_p - total)) for value, log_p in groups]
     entropy = -sum(p * math.log(p) for _, p in shares if p > 0)
     score = sum(value * p for value, p in shares) * (1 if prompt.normalise else mass)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import charts, corpus, examples, shortcuts, summary, training_page, tried, tune_charts, verdict
+from pipeline import charts, corpus, examples, places, shortcuts, summary, training_page, tried, tune_charts, verdict
 from pipeline.config import Recipe, digest, load_recipe, to_yaml
 from pipeline.errors import SettingsError, needs
 from pipeline.examples import Looked, Row
@@ -161,7 +161,7 @@ def scale_of(recipe: Recipe) -> tuple[float, float]:
 
 def scored_documents(work: Stage, recipe: Recipe, results: dict[str, Values]) -> tuple[Looked | None, Values]:
     """Scored documents to look at, and the shortcuts that lead to their scores."""
-    if "score" not in results or not (recipe.run_folder / "score" / "scored").exists():
+    if "score" not in results or not places.is_there(places.made(recipe, "score")):
         return None, {}
     scored, found = examples.scored_corpus(recipe)
     schema = corpus.read_schema(found[0], scored)

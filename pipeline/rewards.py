@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import conversations, language_model, student
+from pipeline import conversations, language_model, model_files, student
 from pipeline.config import Recipe
 from pipeline.errors import UserError, needs
 from pipeline.judge import Judge, Pair
@@ -101,10 +101,10 @@ def load_classifier(where: str, setting: str, revision: str | None = None, **opt
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **given)
         check_head(config, where, setting, made=bool(options))
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            path, **given, dtype="float32", **options
+            path, **model_files.of_weights(given), dtype="float32", **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = model_files.reason(error)
         raise UserError(f"{setting}: {where} cannot be loaded as a classifier ({reason})") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline import spread
 from pipeline.config import Corpus, Recipe, digest
 from pipeline.errors import UserError
 from pipeline.forward import Embeddings
 from pipeline.sample import Document, sample
 from pipeline.shards import find_shards, fingerprint
-from pipeline.storage import write_table
+from pipeline.storage import read_table, write_table
 from pipeline.tracking import progress, read_json, stage, upstream
 
 log = logging.getLogger("gristmill")
@@ -49,6 +49,7 @@ TRIED = 2
 def add(recipe: Recipe, n: int, inputs: dict[str, Any], redo: bool = False) -> None:
     """Choose the documents of the next round, before anything is asked about them; an earlier round that is not rated
     to its end goes on instead. With other `inputs` than those of stage 1 nothing is chosen, unless `redo`."""
+    spread.by_one(recipe, "rate --next")
     with stage("rate", recipe, inputs) as work:
         if not (work.folder / "inputs.json").exists():
             raise UserError(f"rate --next: {work.folder} holds no rated sample; run gristmill rate first, then train")
@@ -78,7 +79,7 @@ def is_rated(folder: Path, n_rounds: int) -> bool:
 
 def already(path: Path) -> list[Document]:
     """The documents that are rated, those without a score among them."""
-    table = pq.read_table(path, columns=["id", "text"])
+    table = read_table(path, ["id", "text"])
     return [Document(**row) for row in table.to_pylist()]
 
 
@@ -210,7 +211,7 @@ def read(folder: Path, sampled: list[Document], corpus: Corpus) -> list[Document
     known = of_corpus(corpus) if found else ""
     rounds: list[Document] = []
     for number, path in enumerate(found, 1):
-        table = pq.read_table(path)
+        table = read_table(path)
         if (table.schema.metadata or {}).get(CORPUS) != known.encode():
             raise UserError(
                 f"rate: {path} was chosen from another corpus than {corpus.path} as it is; remove {path.parent}, or"

@@ -14,6 +14,7 @@ from pipeline.config import Asking, Corpus
 from pipeline.corpus import column, decoded, is_empty, read, read_schema, text_id, texts
 from pipeline.errors import UserError
 from pipeline.formats import parse_line
+from pipeline.limits import lines
 from pipeline.shards import Counts, Shard, find_shards, opened, reading
 
 log = logging.getLogger("gristmill")
@@ -256,9 +257,9 @@ def has_column(shard: Shard, corpus: Corpus, name: str) -> bool:
     if shard.format != "jsonl":
         return name in read_schema(shard, corpus).names
     mention = f'"{name}"'.encode()
-    with reading(shard), opened(shard) as file:
-        lines = ((number, line) for number, line in enumerate(file, 1) if mention in line)
-        rows = (parse_line(line, number, shard, corpus.skip_bad_rows, Counts()) for number, line in lines)
+    with reading(shard), opened(shard, corpus) as file:
+        found = ((number, line) for number, line in lines(file, shard, corpus, Counts()) if mention in line)
+        rows = (parse_line(line, number, shard, corpus.skip_bad_rows, Counts()) for number, line in found)
         return any(name in row for row in rows if row)
 
 

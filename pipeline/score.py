@@ -3,26 +3,42 @@
 import json
 import logging
 import time
+import uuid
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline import cascade_sample, corpus, scored, scored_shard, scoring, seen, storage
+from pipeline import (
+    cascade_sample,
+    corpus,
+    locks,
+    places,
+    scored,
+    scored_shard,
+    scoring,
+    seen,
+    shards,
+    spread,
+    storage,
+)
 from pipeline import student as students
 from pipeline.cascade_sample import Cascade
 from pipeline.config import Recipe, digest
 from pipeline.errors import UserError
 from pipeline.formats import check_column
 from pipeline.pictures import short
-from pipeline.scored_shard import tally_of
+from pipeline.places import Place
+from pipeline.scored_shard import FINGERPRINT, notes_of
 from pipeline.scoring import Named, Scoring
-from pipeline.shards import Counts, Shard, find_shards, fingerprint
+from pipeline.seen import Seen
+from pipeline.shards import Counts, Shard, find_shards
 from pipeline.stream import ID, Begin, Job, refuse_existing, results
-from pipeline.tracking import Result, progress, stage
+from pipeline.tracking import Result, Step, progress, stage
 from pipeline.workers import Effort
 
 log = logging.getLogger("gristmill")
@@ -78,25 +94,30 @@ def run(recipe: Recipe, redo: bool = False) -> ScoreResult:
     cascade_sample.check(recipe, named)
     found = find_shards(recipe.corpus)
     made_from = inputs(recipe, named, found)
+    own = spread.part(found, recipe.shard)
     with stage("score", recipe, made_from) as work:
         cascade = cascade_sample.kept(work.folder, made_from)
-        prints = fingerprints(found, made_from, cascade)
-        tallies = {shard: tally_of(work.folder, shard, prints[shard], recipe) for shard in found}
+        prints = fingerprints(own, made_from, cascade)
+        tallies = scored_shard.tallies_of(prints, recipe)
         done = work.finished(ScoreResult, redo, None not in tallies.values())
         if done:
             return done
-        check_columns(found, recipe, scoring.added(recipe, named).names)
-        sweep(work.folder, found, recipe)
+        check_columns(own, recipe, scoring.added(recipe, named).names)
+        if not recipe.shard:
+            sweep(work.folder, found, recipe)
         todo = [shard for shard, tally in tallies.items() if tally is None]
-        n_reused, speed = len(found) - len(todo), speed_of(Effort(), 0)
+        n_reused = len(own) - len(todo)
         if n_reused:
-            log.info("score: %d of %d shards are there already", n_reused, len(found))
+            log.info("score: %d of %d shards are there already", n_reused, len(own))
+        effort = Effort()
         if todo:
-            new, speed, cascade = score_shards(todo, recipe, named, work.folder, made_from, cascade)
-            tallies |= new
+            tallies |= score_shards(todo, recipe, made_from, work.folder, effort)
+            if recipe.engine == "ray" and not recipe.shard:
+                sweep(work.folder, found, recipe)  # actors that died left files
+            cascade = cascade_sample.kept(work.folder, made_from)
         counted = [tally for tally in tallies.values() if tally is not None]
-        speed["cascade"] = cascade.about if cascade else None
-        return work.finish(summarise(counted, n_reused, made_from, speed, work.seconds))
+        speed = {**speed_of(effort), "cascade": cascade.about if cascade else None}
+        return work.finish(summarise(counted, n_reused, recipe, speed, work.seconds))
 
 
 def inputs(recipe: Recipe, named: Named, found: list[Shard]) -> dict[str, Any]:
@@ -113,7 +134,7 @@ def inputs(recipe: Recipe, named: Named, found: list[Shard]) -> dict[str, Any]:
             "score": {name: value for name, value in recipe.score.identity().items() if name not in unused},
             **({"seed": recipe.seed} if is_cascade(recipe) else {}),
         },
-        "shards": {shard.name: fingerprint(shard) for shard in found},
+        "shards": shards.fingerprints(found),
     }
 
 
@@ -129,36 +150,85 @@ def fingerprints(found: list[Shard], made_from: dict[str, Any], cascade: Cascade
 
 
 def sweep(folder: Path, found: list[Shard], recipe: Recipe) -> None:
-    """Remove what killed writers left, and what was made of other shards or is no longer asked for."""
-    names = {shard.name for shard in found}
-    storage.sweep(folder / "scored", keep=names)
-    storage.sweep(folder / "embeddings", keep=names if recipe.score.keep_embeddings else set())
+    """Remove what killed processes left, and what was made of other shards or is no longer asked for."""
+    names, place = {shard.name for shard in found}, places.corpus(recipe, "score")
+    check_ours(place, names, recipe)
+    storage.sweep(place, keep=names)
+    storage.sweep(places.side(place, "embeddings"), keep=names if recipe.score.keep_embeddings else set())
+    for path in folder.glob("seen.*"):
+        path.unlink(missing_ok=True)
     if not is_cascade(recipe):
         (folder / cascade_sample.FILE).unlink(missing_ok=True)
 
 
+def check_ours(place: Place, names: set[str], recipe: Recipe) -> None:
+    """Refuse a folder that the user named and that holds more than scored shards."""
+    others = sorted(places.names(place) - names) if recipe.score.output else []
+    foreign = next((name for name in others if FINGERPRINT not in notes_of(place / name)), None)
+    if foreign is not None:
+        raise UserError(f"score.output: {place} holds {foreign}, which is no scored shard; give an empty folder")
+
+
 def score_shards(
-    todo: list[Shard],
-    recipe: Recipe,
-    named: Named,
-    folder: Path,
-    made_from: dict[str, Any],
-    cascade: Cascade | None,
-) -> tuple[dict[Shard, Counter[str]], dict[str, Any], Cascade | None]:
-    """Read, score and write shards in one stream; their counts, how fast it went, and the cascade, which is made first
-    where it is asked for and not there."""
-    work = Scoring(named, recipe.score.keep_embeddings)
-    begin = time.perf_counter()
-    with seen.opened(folder / "seen.sqlite", work.kind) as known:
-        if is_cascade(recipe):
-            cascade = cascade or cascade_sample.make(recipe, work, known, folder, made_from)
-            work.first = cascade.first
-        prints = fingerprints(todo, made_from, cascade)
-        with progress("score", corpus.n_rows(prints), lambda seconds: pace(work.effort, seconds)) as step:
-            about = cascade.about if cascade else None
-            job = Job(recipe, work, scoring.added(recipe, named), known, folder, prints, step, about)
-            tallies = write_all(job)
-    return tallies, speed_of(work.effort, time.perf_counter() - begin), cascade
+    todo: list[Shard], recipe: Recipe, made_from: dict[str, Any], folder: Path, effort: Effort
+) -> dict[Shard, Counter[str]]:
+    """Score and write shards, here in one stream or each on its own by the actors of a cluster; their counts."""
+    with progress("score", corpus.n_rows(todo), lambda seconds: pace(effort, seconds)) as step:
+        if recipe.engine == "local":
+            with scorer(recipe, made_from, folder, effort, step) as score:
+                return score(todo)
+        tallies = {}
+        for shard, (tally, spent) in spread.over(recipe, partial(actor, recipe, made_from, folder), todo):
+            effort.add(spent)
+            step(tally["n_rows"])
+            tallies[shard] = tally
+        return tallies
+
+
+@contextmanager
+def scorer(
+    recipe: Recipe, made_from: dict[str, Any], folder: Path, effort: Effort, step: Step
+) -> Iterator[Callable[[list[Shard]], dict[Shard, Counter[str]]]]:
+    """Scores and writes shards with the students loaded once, and with the cascade, which is made first where it is
+    asked for and not there."""
+    named = scoring.load(recipe)
+    work = Scoring(named, recipe.score.keep_embeddings, effort)
+    with seen.opened(folder / f"seen.{uuid.uuid4().hex[:12]}.sqlite", work.kind) as known:
+        cascade = begin_cascade(recipe, work, known, folder, made_from)
+
+        def score(some: list[Shard]) -> dict[Shard, Counter[str]]:
+            prints, about = fingerprints(some, made_from, cascade), cascade.about if cascade else None
+            place = places.corpus(recipe, "score")
+            return write_all(Job(recipe, work, scoring.added(recipe, named), known, place, prints, step, about))
+
+        yield score
+
+
+def begin_cascade(
+    recipe: Recipe, work: Scoring, known: Seen, folder: Path, made_from: dict[str, Any]
+) -> Cascade | None:
+    """The cascade if one is asked for, made by the first process that comes to it."""
+    if not is_cascade(recipe):
+        return None
+    with locks.held(folder / ".cascade.lock", "", wait=True):
+        cascade = cascade_sample.kept(folder, made_from)
+        cascade = cascade or cascade_sample.make(recipe, work, known, folder, made_from)
+    work.first = cascade.first
+    return cascade
+
+
+def actor(
+    recipe: Recipe, made_from: dict[str, Any], folder: Path
+) -> Callable[[Shard], tuple[Counter[str], dict[str, Any]]]:
+    """What an actor does as long as it lives: scores and writes a shard; its counts, and what that took."""
+    running, effort = ExitStack(), Effort()
+    score = running.enter_context(scorer(recipe, made_from, folder, effort, lambda _: None))
+
+    def one(shard: Shard, _: ExitStack = running) -> tuple[Counter[str], dict[str, Any]]:
+        effort.forget()
+        return score([shard])[shard], effort.spent_so_far()
+
+    return one
 
 
 def write_all(job: Job) -> dict[Shard, Counter[str]]:
@@ -172,14 +242,14 @@ def write_all(job: Job) -> dict[Shard, Counter[str]]:
 
 
 def summarise(
-    tallies: list[Counter[str]], n_reused: int, made_from: dict[str, Any], speed: dict[str, Any], seconds: float
+    tallies: list[Counter[str]], n_reused: int, recipe: Recipe, speed: dict[str, Any], seconds: float
 ) -> ScoreResult:
     """Counts over all shards; every row must be somewhere."""
     total = sum(tallies, Counter())
     rows_out = total["n_scored"] + total["n_empty"] + total["n_ruled_out"] + total["n_bad_rows"]
     assert total["n_rows"] == rows_out, f"{total['n_rows']} rows in, {rows_out} accounted for"
-    if total["n_rows"] == 0:
-        raise UserError(f"corpus.path: {made_from['settings']['corpus']['path']} has no rows")
+    if total["n_rows"] == 0 and not recipe.shard:
+        raise UserError(f"corpus.path: {recipe.corpus.path} has no rows")
     given = [(*json.loads(key), count) for key, count in total.most_common() if key.startswith("[")]
     return ScoreResult(
         seconds=seconds,
@@ -213,9 +283,10 @@ def label_counts(given: list[tuple[str, str, Any, int]]) -> dict[str, dict[str, 
     return counts
 
 
-def speed_of(effort: Effort, seconds: float) -> dict[str, Any]:
-    """What the result says of the work of so many seconds."""
+def speed_of(effort: Effort) -> dict[str, Any]:
+    """What the result says of the work since it began."""
     done, spent = effort.counts, sum(effort.seconds.values())
+    seconds = time.perf_counter() - effort.begin
     return {
         "n_duplicates": done["duplicates"],
         "docs_per_s": done["documents"] / seconds if done["documents"] else None,

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline import config, corpus, sample
+from pipeline import config, corpus, places, sample
 from pipeline.config import Recipe
 from pipeline.engines.completions import BYTES_PER_TOKEN
 from pipeline.errors import UserError
 from pipeline.formats import check_column, dotted, schema_tree
-from pipeline.shards import Counts, Shard, find_shards, with_documents
-from pipeline.tracking import read_json, upstream
+from pipeline.places import Place
+from pipeline.shards import Counts, Shard, find_shards, opened, reading, with_documents
+from pipeline.tracking import corpus_of, read_json
 
 log = logging.getLogger("gristmill")
 
@@ -30,8 +30,8 @@ CASCADE = b"gristmill.cascade"
 
 def locate(recipe: Recipe, stage: str) -> tuple[config.Corpus, list[Shard]]:
     """The scored corpus and its shards, all of them there and with scores."""
-    folder = upstream(recipe.filter.scored, recipe, "score/scored", stage)
-    found = config.Corpus(path=str(folder), text_column=recipe.corpus.text_column, id_column=recipe.corpus.id_column)
+    place = corpus_of("score", recipe, stage, recipe.filter.scored)
+    found = config.Corpus(path=str(place), text_column=recipe.corpus.text_column, id_column=recipe.corpus.id_column)
     shards = find_shards(found)
     check_complete(recipe, shards, stage)
     for shard in shards:
@@ -44,9 +44,14 @@ def locate(recipe: Recipe, stage: str) -> tuple[config.Corpus, list[Shard]]:
 
 def cascade_of(shards: list[Shard]) -> dict[str, Any] | None:
     """What the cascade looked for that documents were scored behind, if there was one."""
-    parquet = (shard.source for shard in shards if shard.format in ("parquet", "sidecar"))
-    notes = (pq.read_metadata(source).metadata or {} for source in parquet)
-    return next((json.loads(note[CASCADE]) for note in notes if CASCADE in note), None)
+    parquet = (shard for shard in shards if shard.format in ("parquet", "sidecar"))
+    return next((json.loads(note[CASCADE]) for note in map(notes_of, parquet) if CASCADE in note), None)
+
+
+def notes_of(shard: Shard) -> dict[bytes, bytes]:
+    """What the footer of a scored shard says."""
+    with reading(shard), opened(shard._replace(format="parquet")) as file:
+        return pq.read_metadata(file).metadata or {}
 
 
 def check_complete(recipe: Recipe, found: list[Shard], stage: str) -> None:
@@ -57,17 +62,17 @@ def check_complete(recipe: Recipe, found: list[Shard], stage: str) -> None:
         raise UserError(f"{stage}: {missing[0]} is missing from the scored corpus; run gristmill score again")
 
 
-def embeddings_of(found: config.Corpus, shards: list[Shard]) -> list[Path]:
+def embeddings_of(found: config.Corpus, shards: list[Shard]) -> list[Place]:
     """The files of embeddings beside the shards."""
-    folder = Path(found.path or "").parent / "embeddings"
-    paths = [folder / shard.name for shard in shards]
-    missing = next((path for path in paths if not path.exists()), None)
+    place = places.side(places.of(found.path or "", "filter.scored"), "embeddings")
+    there = places.names(place)
+    missing = next((shard.name for shard in shards if shard.name not in there), None)
     if missing is not None:
         raise UserError(
-            f"filter.sampling: density needs the documents' embeddings, but there is no {missing}; run gristmill score"
-            " --keep-embeddings --redo"
+            f"filter.sampling: density needs the documents' embeddings, but there is no {place / missing}; run"
+            " gristmill score --keep-embeddings --redo"
         )
-    return paths
+    return [place / shard.name for shard in shards]
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

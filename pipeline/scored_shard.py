@@ -3,7 +3,8 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline import metrics, storage
+from pipeline import locks, metrics, places, storage
 from pipeline.config import Recipe
 from pipeline.head import Columns
+from pipeline.places import Place
 from pipeline.scored import CASCADE, REASON, RULED_OUT
 from pipeline.seen import Records
-from pipeline.shards import BESIDE, Counts, Shard, fingerprint
+from pipeline.shards import AT_ONCE, BESIDE, Counts, Shard, fingerprint
 from pipeline.stream import Begin, Job, Results, Rows, Texts
 from pipeline.student import Student
 
@@ -31,8 +33,9 @@ def write(begin: Begin, results: Results, job: Job) -> Counter[str]:
     tally: Counter[str] = Counter()
     # The embeddings are there before the scores, so that scores never stand without them.
     with (
-        storage.shard_writer(job.folder / "scored" / begin.shard.name, begin.schema) as of_scores,
-        embeddings_writer(job.folder / "embeddings" / begin.shard.name, job) as of_embeddings,
+        locks.written_by_one(job.place / begin.shard.name),
+        storage.shard_writer(job.place / begin.shard.name, begin.schema) as of_scores,
+        embeddings_writer(places.side(job.place, "embeddings") / begin.shard.name, job) as of_embeddings,
     ):
         for item, records in results:
             if isinstance(item, Counts):
@@ -87,14 +90,14 @@ def notes(shard: Shard, job: Job) -> dict[bytes, bytes]:
         made_from[CASCADE] = json.dumps({name: job.cascade[name] for name in ("keep_share", "cut")}).encode()
     if not job.recipe.score.sidecar:
         return made_from
-    found = job.recipe.corpus.identity()
+    found = job.recipe.corpus.model_dump(mode="json")
     if shard.format != "hub" and "://" not in found["path"]:
         found["path"] = str(Path(found["path"]).absolute())
     beside = {"corpus": found, "shard": shard._asdict(), "made_from": fingerprint(shard)}
     return made_from | {BESIDE: json.dumps(beside).encode()}
 
 
-def embeddings_writer(path: Path, job: Job) -> Any:
+def embeddings_writer(path: Place, job: Job) -> Any:
     """A writer of the documents' embeddings (dim,) float16; of nothing where they are not kept."""
     if not job.recipe.score.keep_embeddings:
         return nullcontext()
@@ -128,18 +131,26 @@ def keys(kind: str, name: str, values: Iterable[Any]) -> Iterator[str]:
     return (json.dumps([kind, name, value], ensure_ascii=False) for value in values)
 
 
-def tally_of(folder: Path, shard: Shard, fingerprint: str, recipe: Recipe) -> Counter[str] | None:
+def tallies_of(prints: dict[Shard, str], recipe: Recipe) -> dict[Shard, Counter[str] | None]:
+    """The counts of shards by their fingerprints; many at a time, as a store far away takes long to answer each."""
+    place = places.corpus(recipe, "score")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = pool.map(lambda shard: tally_of(place, shard, prints[shard], recipe), prints)
+        return dict(zip(prints, found, strict=True))
+
+
+def tally_of(place: Place, shard: Shard, fingerprint: str, recipe: Recipe) -> Counter[str] | None:
     """The counts of a shard already scored from the same inputs; None if it has to be (re)done."""
-    scored = notes_of(folder / "scored" / shard.name)
-    kept = notes_of(folder / "embeddings" / shard.name) if recipe.score.keep_embeddings else scored
+    scored = notes_of(place / shard.name)
+    kept = notes_of(places.side(place, "embeddings") / shard.name) if recipe.score.keep_embeddings else scored
     if any(notes.get(FINGERPRINT) != fingerprint.encode() for notes in (scored, kept)):
         return None
     return Counter(json.loads(scored[TALLY]))
 
 
-def notes_of(path: Path) -> dict[bytes, bytes]:
-    """What a shard of ours says of itself; nothing if it cannot be read."""
-    try:
-        return pq.read_metadata(path).metadata or {}
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError):
-        return {}
+def notes_of(path: Place) -> dict[bytes, bytes]:
+    """What a shard of ours says of itself, by its footer alone; nothing if it is not there, or damaged."""
+    unreadable = OSError if isinstance(path, Path) else FileNotFoundError  # a store may just not answer
+    with places.reaching(path), suppress(pa.ArrowInvalid, UnicodeDecodeError, unreadable), path.open("rb") as file:
+        return pq.read_metadata(file).metadata or {}
+    return {}

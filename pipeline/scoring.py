@@ -28,11 +28,11 @@ Named = dict[str, Student]
 class Scoring:
     """Students that score the same texts; those on the same encoder share one pass over the tokens."""
 
-    def __init__(self, named: Named, keep_embeddings: bool) -> None:
+    def __init__(self, named: Named, keep_embeddings: bool, effort: Effort | None = None) -> None:
         self.named = named
         self.passes = passes(named)
         encoders = [encoder for encoder, _ in self.passes]
-        self.effort = Effort()
+        self.effort = effort or Effort()
         for encoder in encoders:
             encoder.effort = self.effort
         self.n_workers = max(encoder.ready() for encoder in encoders)

@@ -5,7 +5,8 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import Corpus
 from pipeline.errors import UserError, needs
+from pipeline.limits import CHUNK, Unpacked
 
 SUFFIXES = {
     ".parquet": "parquet",
@@ -29,8 +31,21 @@ SUFFIXES = {
 NOTES = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 """Files of `datasets` that lie beside the data."""
 PACKED = {".gz": "gzip", ".zst": "zstd"}
+LINES = ("jsonl", "text")
+"""Formats that are read a line at a time."""
+AS_USUAL = Corpus()
 REMOTE = {"aiohttp", "azure", "botocore", "datasets", "gcsfs", "google", "httpx", "huggingface_hub", "requests"}
 """Packages whose exceptions say that something out there did not answer."""
+AT_ONCE = 16
+"""Shards that are looked at at a time."""
+STORES = {
+    "s3": {"use_listings_cache": False, "config_kwargs": {"connect_timeout": 10, "retries": {"max_attempts": 3}}},
+    "gs": {"use_listings_cache": False},
+}
+"""Options of stores where fsspec's own configuration says nothing: other processes write there too, and one that does
+not answer is given up within a minute."""
+for _protocol, _options in STORES.items():
+    fsspec.config.conf[_protocol] = _options | fsspec.config.conf.get(_protocol, {})
 BESIDE = b"gristmill.beside"
 """Key of the note in a parquet file of scores alone that says which documents are scored."""
 
@@ -104,8 +119,15 @@ def folder_files(fs: Any, root: str, corpus: Corpus) -> tuple[list[str], str]:
         root = f"{root}/{corpus.split}"
     parts = note(fs, f"{root}/state.json").get("_data_files")
     if parts is not None:
-        return [f"{root}/{part['filename']}" for part in parts], root
+        return [f"{root}/{part['filename'] if isinstance(part, dict) else part}" for part in parts], root
     return [file for file in visible(fs.find(root), root) if file.rpartition("/")[2] not in NOTES], root
+
+
+def inside(name: str, folder: str) -> str:
+    """The name of a file in a folder, unless it leads out of it."""
+    if ".." in name.split("/") or "\0" in name:
+        raise UserError(f"corpus.path: {folder} names the file {name!r}, which is not inside it; save the data again")
+    return name
 
 
 def note(fs: Any, path: str) -> dict[str, Any]:
@@ -135,7 +157,7 @@ def name_shards(fs: Any, files: list[str], base: str, path: str) -> list[Shard]:
     if len(formats) > 1:
         mixed = " and ".join(sorted(formats))
         raise UserError(f"corpus.path: {path} mixes {mixed} files; choose with a glob such as {min(formats.values())}")
-    names = [parquet_name(file[len(base) :].lstrip("/")) for file in known]
+    names = [parquet_name(inside(file[len(base) :].lstrip("/"), path)) for file in known]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         raise UserError(f"corpus.path: two files of {path} would both be written as {repeated[0]}; rename one")
@@ -143,19 +165,19 @@ def name_shards(fs: Any, files: list[str], base: str, path: str) -> list[Shard]:
     return sorted(Shard(name, source, format_of(source)) for name, source in zip(names, sources, strict=True))
 
 
-def filesystem(path: str) -> tuple[Any, str]:
+def filesystem(path: str, setting: str = "corpus.path") -> tuple[Any, str]:
     """The fsspec filesystem of a path or URL, and the path on it."""
     protocol = path.split("://")[0]
     if re.match(r"\w+://[^/]*@", path):
-        raise UserError("corpus.path: a URL must not hold a password; leave it to the environment of its store")
+        raise UserError(f"{setting}: a URL must not hold a password; leave it to the environment of its store")
     if "::" in path:
-        raise UserError(f"corpus.path: {path} is a chain of filesystems, which is not understood; unpack it first")
+        raise UserError(f"{setting}: {path} is a chain of filesystems, which is not understood; unpack it first")
     try:
         return fsspec.core.url_to_fs(path)  # type: ignore[no-any-return]
     except ImportError as error:
-        raise UserError(f"corpus.path: {path} needs a package: {error}") from None
+        raise UserError(f"{setting}: {path} needs a package: {error}") from None
     except ValueError as error:
-        raise UserError(f"corpus.path: {path}: {protocol}:// is not understood ({error})") from None
+        raise UserError(f"{setting}: {path}: {protocol}:// is not understood ({error})") from None
 
 
 def has_magic(path: str) -> bool:
@@ -192,6 +214,12 @@ def fingerprint(shard: Shard) -> str:
     return hashlib.sha256(str(size).encode() + b"".join(ends)).hexdigest()[:16]
 
 
+def fingerprints(found: Sequence[Shard]) -> dict[str, str]:
+    """The fingerprint of each shard by its name; many at a time, as a store far away takes long to answer each."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return dict(zip([shard.name for shard in found], pool.map(fingerprint, found), strict=True))
+
+
 # -- scores beside documents ------------------------------------------------------------------------------------------
 
 
@@ -203,8 +231,13 @@ def beside(shard: Shard) -> Beside | None:
         note = (pq.read_metadata(file).metadata or {}).get(BESIDE)
     if note is None:
         return None
-    said = json.loads(note)
-    return Beside(Corpus.model_validate(said["corpus"]), Shard(**said["shard"]), said["made_from"])
+    try:
+        said = json.loads(note)
+        return Beside(Corpus.model_validate(said["corpus"]), Shard(**said["shard"]), str(said["made_from"]))
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{shard.source} does not say where the documents of its scores are; run gristmill score --redo"
+        ) from None
 
 
 def with_documents(shard: Shard) -> Shard:
@@ -282,6 +315,8 @@ def reading(shard: Shard) -> Iterator[None]:
         if not from_outside(error):
             raise
         why = first_line(error)
+        if shard.format != "hub" and package_of(error) in REMOTE:
+            raise out_of_reach(shard.source, why) from None
         raise UserError(f"{shard.source} cannot be read as {shard.format} ({why}); replace or remove it") from None
 
 
@@ -297,10 +332,19 @@ def reaching(path: str) -> Iterator[None]:
         raise UserError(f"corpus.path: {path} is out of reach ({why}); check name, network and credentials") from None
 
 
+def out_of_reach(where: Any, why: str) -> UserError:
+    """What to say where a store does not answer."""
+    return UserError(f"{where} is out of reach ({why}); check name, network and credentials, and run it again")
+
+
 def from_outside(error: Exception) -> bool:
     """Whether files or the network are to blame: everything else is a bug and keeps its traceback."""
-    package = type(error).__module__.split(".")[0]
-    return isinstance(error, pa.ArrowException | OSError | UnicodeDecodeError) or package in REMOTE
+    return isinstance(error, pa.ArrowException | OSError | UnicodeDecodeError) or package_of(error) in REMOTE
+
+
+def package_of(error: Exception) -> str:
+    """The package that an exception comes from."""
+    return type(error).__module__.split(".")[0]
 
 
 def first_line(error: Exception) -> str:
@@ -309,16 +353,24 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def opened(shard: Shard) -> Iterator[IO[bytes]]:
+def opened(shard: Shard, corpus: Corpus = AS_USUAL) -> Iterator[IO[bytes]]:
     """The bytes of a shard, decompressed. Arrow's decompressor, unlike zstandard's reader, notices a cut file."""
     fs, path = filesystem(shard.source)
     packing = next((kind for suffix, kind in PACKED.items() if path.lower().endswith(suffix)), None)
     with fs.open(path, "rb") as file:
-        if packing is None:
+        if packing is None and shard.format not in LINES:
             yield file
             return
-        if file.seek(0, io.SEEK_END) == 0:
+        if packing is None:
+            with io.BufferedReader(file, CHUNK) as buffered:  # a remote file reads lines whole, however long
+                yield buffered
+            return
+        size = file.seek(0, io.SEEK_END)
+        if size == 0:
             raise OSError("0 bytes")
         file.seek(0)
-        with pa.CompressedInputStream(file, packing) as stream, io.BufferedReader(stream) as unpacked:
+        with (
+            pa.CompressedInputStream(file, packing) as stream,
+            io.BufferedReader(Unpacked(stream, size, shard.source, corpus), CHUNK) as unpacked,
+        ):
             yield unpacked

@@ -18,8 +18,10 @@ from rich.console import Console
 
 from pipeline.errors import UserError
 from pipeline.gold import defused
+from pipeline.pairs import as_dict, pairs
 from pipeline.shards import first_line
 from pipeline.storage import atomic
+from pipeline.tracking import check_format
 
 if TYPE_CHECKING:
     from pipeline.cli import Selection
@@ -44,7 +46,7 @@ PAIR = pa.schema(
         **dict.fromkeys(("score", "gain"), pa.float64()),
         "reason": pa.string(),
         "spread": pa.float64(),
-        "opinions": pa.list_(pa.struct({**SIDE, "attributes": pa.map_(pa.string(), pa.float64())})),
+        "opinions": pa.list_(pa.struct({**SIDE, "attributes": pairs(pa.string())})),
     }
 )
 """Reply pairs as they are shown."""
@@ -99,6 +101,8 @@ def show(table: pa.Table, chosen: Sequence[int], selection: "Selection") -> None
 
 def find(path: Path) -> Path:
     """The ratings or labels of a run folder, of a stage's folder, or the file itself."""
+    for folder in (path, path.parent, *(path / Path(name).parent for name in FILES)):
+        check_format(folder)
     if path.is_file():
         return path
     found = [path / name for name in FILES if (path / name).is_file()]
@@ -111,7 +115,7 @@ def find(path: Path) -> Path:
 def load(path: Path) -> pa.Table:
     """The file's table, if this version wrote it."""
     try:
-        table = pq.ParquetFile(path).read()
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as parquet ({first_line(error)}); make it again") from None
     names = set(table.schema.names)
@@ -149,7 +153,7 @@ def reply_pair(number: int, row: Row) -> Row:
                 "prompt": side,
                 "score": row[f"teacher_{side}"],
                 "reason": "unscored" if row[f"teacher_{side}"] is None else None,
-                "attributes": {} if row[f"reward_{side}"] is None else {"reward": row[f"reward_{side}"]},
+                "attributes": [] if row[f"reward_{side}"] is None else [("reward", row[f"reward_{side}"])],
                 "answer": row[side],
             }
             for side in ("before", "after")
@@ -220,7 +224,7 @@ def rows(table: pa.Table, chosen: Sequence[int]) -> Iterator[Row]:
 
 def with_dicts(row: Row, *names: str) -> Row:
     """A row, these maps of it as dicts."""
-    return {**row, **{name: dict(row[name]) for name in names if row.get(name)}}
+    return {**row, **{name: as_dict(row[name]) for name in names if row.get(name)}}
 
 
 # -- one document -----------------------------------------------------------------------------------------------------

@@ -5,27 +5,27 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 
 from pipeline import corpus, storage
+from pipeline.places import Place
 
 Sink = Callable[[pa.RecordBatch], None]
 
 
 @contextmanager
-def parquet_sink(path: Path, schema: pa.Schema) -> Iterator[Sink]:
+def parquet_sink(path: Place, schema: pa.Schema) -> Iterator[Sink]:
     """Writes record batches to a parquet shard."""
     with storage.shard_writer(path, schema) as writer:
         yield writer.write_batch
 
 
 @contextmanager
-def jsonl_sink(path: Path, _: pa.Schema) -> Iterator[Sink]:
-    """Writes record batches as JSON lines, under the shard's name with .jsonl at its end."""
-    with storage.atomic(path.with_suffix(".jsonl")) as temporary, temporary.open("w", encoding="utf-8") as file:
+def jsonl_sink(path: Place, _: pa.Schema) -> Iterator[Sink]:
+    """Writes record batches as JSON lines."""
+    with storage.atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         yield lambda batch: write_lines(file, batch)
 
 

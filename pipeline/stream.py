@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -10,6 +9,7 @@ import pyarrow as pa
 from pipeline import corpus, scored, seen
 from pipeline.config import Recipe
 from pipeline.errors import UserError
+from pipeline.places import Place
 from pipeline.scoring import Scoring
 from pipeline.seen import Records, Seen
 from pipeline.shards import Counts, Shard
@@ -28,7 +28,8 @@ class Job(NamedTuple):
     added: pa.Schema
     """The students' columns."""
     known: Seen
-    folder: Path
+    place: Place
+    """Where the scored corpus goes."""
     prints: dict[Shard, str]
     """Fingerprints of the shards with all that decides their scores."""
     step: Step

@@ -7,9 +7,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from pipeline import storage
+from pipeline import locks
 from pipeline.errors import UserError, needs
 from pipeline.tracking import changes
 
@@ -83,17 +81,9 @@ def check_same(study: Optuna, made_from: dict[str, Any], path: Path) -> None:
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
     """No other process at work on this file."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        with storage.writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"study {path}: another process is at work on it; wait for it or stop it") from None
-    try:
+    refusal = f"study {path}: another process is at work on it; wait for it or stop it"
+    with locks.held(path.with_name(f".{path.name}.lock"), refusal):
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager

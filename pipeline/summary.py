@@ -1,20 +1,22 @@
 """What a run did, for a person at a terminal."""
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import training, tried
+from pipeline import places, training, tried
 from pipeline import training_summary as trained
+from pipeline.config import Recipe
 from pipeline.errors import UserError
 from pipeline.pictures import short
 from pipeline.teacher import AnswerStore
-from pipeline.tracking import read_json
+from pipeline.tracking import check_format, read_json
 
 Values = dict[str, Any]
 
@@ -34,8 +36,8 @@ def show(values: Values) -> None:
     for name, tell in TELL.items():
         if name in values:
             found = values[name]
-            n = documents(found)
-            table.add_row(name, f"{n:,}" if n else "", f"{found['seconds']:.1f} s", tell(found))
+            n, told = documents(found), tell_part(found) if "part" in found else tell(found)
+            table.add_row(name, f"{n:,}" if n else "", f"{found['seconds']:.1f} s", told)
     console.print(table)
     for side in ("kept", "dropped"):
         for example in values.get("filter", {}).get(f"examples_{side}", []):
@@ -144,6 +146,13 @@ def tell_rate(result: Values) -> str:
     return "\n".join(lines)
 
 
+def tell_part(result: Values) -> str:
+    """One part of the asking, in a line or two."""
+    told = f"part {result['part']}: asked {result['n_asked']:,}, reused {result['n_reused']:,} answers"
+    lines = [f"{told}; {result['n_failed']:,} requests failed", *stopped(result)]
+    return "\n".join([*lines, "when all parts are done, the same command without --shard puts them together"])
+
+
 def stopped(result: Values) -> list[str]:
     """What stopped the asking early, if something did."""
     what = result["stopped_by"]
@@ -247,6 +256,8 @@ def tell_corpus(outcome: Values) -> str:
     who, result = f"{outcome['state']}  {escape(outcome['title'])}", outcome["result"]
     if result is None:
         return f"{who}: {escape(outcome['reason'])}"
+    if "part" in result:
+        return f"{who}: part {result['part']}, asked {result['n_asked']:,}, reused {result['n_reused']:,} answers"
     left_out = f" ({outcome['reason']})" if outcome["reason"] else ""
     labelled = f"{result['n_labelled']:,} of {result['n_sampled']:,} labelled{left_out}"
     return f"{who}: {labelled}: {commonest(result, next(iter(result['levels'])))}"
@@ -492,25 +503,35 @@ def status(run_folder: Path, stages: Sequence[str]) -> Values:
 
 def state(folder: Path) -> Values:
     """One stage's state."""
+    check_format(folder)
     result = read_json(folder / "result.json")
     if result is not None:
         return {"state": "done", **result}
     if not (folder / "inputs.json").exists():
         return {"state": "not begun"}
     begun: Values = {"state": "begun"}
-    if (folder / "answers.sqlite").exists():
-        with AnswerStore(folder / "answers.sqlite") as store:
-            begun["n_answers"] = len(store)
+    if stores := sorted(folder.glob("answers*.sqlite")):
+        begun["n_answers"] = sum(map(n_answers, stores))
+    if parts := sorted(folder.glob("parts/result.*-of-*.json")):
+        totals = Counter(path.stem.partition("-of-")[2] for path in parts)
+        begun["parts_done"] = " and ".join(f"{count} of {total}" for total, count in totals.items())
     if curve := training.read_curve(folder):
         begun["n_steps"] = curve[-1]["step"]
     if (folder / "trainings").is_dir():
         begun["n_trainings_done"] = sum(1 for _ in (folder / "trainings").glob("*/predicted.parquet"))
     if (folder / "trials.jsonl").exists():
         begun["n_trials"] = sum(trial.number != tried.DEFAULTS for trial in tried.read(folder.parent))
-    if (folder / "scored").is_dir():
-        begun["n_shards_done"] = sum(1 for path in (folder / "scored").rglob("*.parquet") if path.name[0] != ".")
+    if folder.name == "score":
+        scored = places.names(places.made(Recipe(run_folder=folder.parent), "score"))
+        begun["n_shards_done"] = sum(PurePosixPath(name).name[0] != "." for name in scored)
         begun["n_shards"] = len((read_json(folder / "inputs.json") or {})["shards"])
     return begun
+
+
+def n_answers(path: Path) -> int:
+    """How many answers a store holds."""
+    with AnswerStore(path) as store:
+        return len(store)
 
 
 def show_status(values: Values) -> None:

@@ -17,6 +17,8 @@ from pipeline.config import Recipe
 from pipeline.corpus import is_empty, is_text
 from pipeline.errors import UserError
 from pipeline.metrics import Floats
+from pipeline.pairs import as_dict
+from pipeline.storage import read_table
 from pipeline.tracking import upstream
 
 RATINGS, LABELS = "rate/ratings.parquet", "label/labels.parquet"
@@ -177,7 +179,7 @@ def kind_of(field: pa.Field, known: dict[str, tuple[float, float]]) -> Kind | No
 
 def read(found: Sources) -> TrainingSet:
     """The documents of all files, each once, in the order of the files."""
-    tables = {path: pq.read_table(path) for path in found.values()}
+    tables = {path: read_table(path) for path in found.values()}
     files = {path: named(table, found, path) for path, table in tables.items()}
     for path, of_file in files.items():
         check_one_prompt(path, of_file)
@@ -285,7 +287,7 @@ def check_scores(name: str, path: Path, rows: list[Row], scale: tuple[float, flo
 
 def probabilities(row: Row) -> dict[float, float] | None:
     """The teacher's probability of each value, where the score is their mean."""
-    said = {float(value): float(share) for value, share in row.get("probabilities") or ()}
+    said = {float(value): float(share) for value, share in as_dict(row.get("probabilities")).items()}
     score = row.get("score")
     if not said or score is None:
         return None
@@ -298,7 +300,7 @@ def repeated(name: str, rows: list[Row]) -> tuple[Floats, ...]:
     by_rater: dict[tuple[str, str], dict[int, dict[int, float]]] = {}
     for i, row in enumerate(rows):
         for opinion in row.get("opinions") or ():
-            score = opinion.get("score") if name == "score" else dict(opinion.get("attributes") or ()).get(name)
+            score = opinion.get("score") if name == "score" else as_dict(opinion.get("attributes")).get(name)
             rater = (str(opinion.get("prompt_digest")), str(opinion.get("teacher")))
             if score is not None:
                 by_rater.setdefault(rater, {}).setdefault(opinion.get("repeat") or 0, {})[i] = score

@@ -4,13 +4,13 @@ import random
 import re
 import unicodedata
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from pipeline import yaml_text
 from pipeline.config import Settings
 from pipeline.errors import UserError
 
@@ -96,12 +96,14 @@ class Taxonomy(Settings):
     def match(self, written: str) -> str | None:
         """The label that was written, whatever its case, accents and punctuation; a last level alone will do where
         only one label ends so. None for anything else."""
-        asked = folded(written)
-        whole = {folded(path): path for path in self.paths}
-        if asked in whole:
-            return whole[asked]
-        last = [path for path in self.paths if folded(path.split(STEP)[-1]) == asked]
-        return last[0] if asked and len(last) == 1 else None
+        return self.spelled.get(folded(written))
+
+    @cached_property
+    def spelled(self) -> dict[str, str]:
+        """Labels by their folded names, and by their last level alone where no other label ends so."""
+        last = [folded(path.split(STEP)[-1]) for path in self.paths]
+        alone = {end: path for end, path in zip(last, self.paths, strict=True) if end and last.count(end) == 1}
+        return alone | {folded(path): path for path in self.paths}
 
     def columns(self, label: str | None) -> dict[str, str | None]:
         """A label by level; that of no match stands in every level."""
@@ -147,15 +149,14 @@ def folded(name: str) -> str:
 def load(path: Path) -> Taxonomy:
     """Read a taxonomy file."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-        return Taxonomy.model_validate(values)
+        return Taxonomy.model_validate(yaml_text.parse(path.read_text(encoding="utf-8-sig")))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"labels: {path} cannot be read ({error}); give a YAML file of labels") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(
             f"{path}: {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
         ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not YAML: {error}") from None

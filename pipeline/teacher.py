@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.prompts import Prompt
 from pipeline.reading import Reading, Reason
 from pipeline.sampling import is_sampled
+from pipeline.storage import check_form
 
 log = logging.getLogger("gristmill")
 
@@ -133,10 +134,11 @@ class AnswerStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         with self.explained("make room, or move the file away, and run again"):
-            self.db = sqlite3.connect(path)
-            self.db.execute("PRAGMA journal_mode=WAL")
+            self.db = sqlite3.connect(path, timeout=PATIENCE_S)
+            self.db.execute(f"PRAGMA journal_mode={journal(path)}")
             self.db.execute("PRAGMA synchronous=FULL")
             self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+            check_form(self.db)
 
     def __enter__(self) -> "AnswerStore":
         return self
@@ -149,6 +151,13 @@ class AnswerStore:
         rows = [(key, encode(answer)) for key, answer in answers if answer.finish != "failed"]
         with self.explained("everything recorded so far is kept, make room and run again"), self.db:
             self.db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
+
+    def take(self, path: Path, ids: set[str] | None = None) -> None:
+        """Record what another store holds, all of it or what is about texts with these ids; what is here stays."""
+        with AnswerStore(path) as other, other.explained("make room, or move the file away, and run again"), self.db:
+            found = other.db.execute("SELECT key, answer FROM answers")
+            rows = (row for row in found if ids is None or row[0].rpartition(":")[2] in ids)
+            self.db.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?)", rows)
 
     def find(self, keys: Iterable[str]) -> Iterator[tuple[str, Answer]]:
         """The recorded answers among these keys."""
@@ -168,6 +177,16 @@ class AnswerStore:
             yield
         except sqlite3.DatabaseError as error:
             raise UserError(f"answer store {self.path}: {error}; {remedy}") from None
+
+
+PATIENCE_S = 60
+"""How long a store waits for another process that reads or writes the same one."""
+
+
+def journal(path: Path) -> str:
+    """How SQLite makes a store safe. A part's is read by processes on other machines, and WAL keeps its index in
+    memory that only those of one machine share."""
+    return "DELETE" if "-of-" in path.name else "WAL"
 
 
 def encode(answer: Answer) -> str:

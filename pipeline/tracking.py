@@ -1,19 +1,23 @@
 """The run folder: what a stage was made from, its result, its metrics."""
 
+import hashlib
+import io
 import json
 import logging
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline import locks, manifest, mirror, places, spread, storage
 from pipeline.config import Recipe, load_recipe, to_yaml
 from pipeline.errors import UserError, needs
+from pipeline.places import Place
 from pipeline.storage import read_lines, write_text
 
 log = logging.getLogger("gristmill")
@@ -44,6 +48,11 @@ MADE_FROM = {
     "rl": ("align", "rl"),
 }
 """Sections of the recipe that a stage is made from."""
+IN_PARTS = ("rate", "label", "score", "audit", "filter")
+"""Stages that several processes can do together, each a part."""
+
+BY_SHARD = ("rate", "label", "score", "filter")
+"""Stages that a shard which was added or changed only gives more to do."""
 
 AnyResult = TypeVar("AnyResult", bound=Result)
 Step = Callable[[int], None]
@@ -53,40 +62,83 @@ class Stage:
     """One stage at work in its folder of the run."""
 
     def __init__(self, name: str, recipe: Recipe, inputs: dict[str, Any]) -> None:
-        self.name, self.recipe, self.inputs = name, recipe, inputs
+        self.name, self.recipe, self.inputs = name, recipe, {"format": manifest.FORMAT, **inputs}
         self.folder = recipe.run_folder / name
+        self.places = places.elsewhere(recipe, name)
+        """Folders or URLs that hold what would be below these names in the stage's folder."""
         self.begin = time.perf_counter()
 
     def finished(self, kind: type[AnyResult], redo: bool, there: bool, start: bool = True) -> AnyResult | None:
         """The result, if this stage has been done with the same inputs and what it made is still `there`; refuses
         when the inputs changed, unless `redo`. Else the stage starts, or does so later."""
         before = read_json(self.folder / "inputs.json")
-        done = read_json(self.folder / "result.json")
-        made = done is not None or any((self.folder / "scored").glob("*"))
-        if made and not redo:
+        done = read_json(self.folder / "result.json") or read_json(self.part)
+        made = done is not None or any(self.part.parent.glob("result.*"))
+        made = made or (self.name == "score" and bool(places.names(places.corpus(self.recipe, "score"))))
+        if made and not redo and not self.is_only_more():
             self.refuse_changes()
         more_to_ask = done is not None and (done.get("n_not_asked") or (redo and done.get("n_failed")))
-        if done is not None and there and before == self.inputs and not more_to_ask:
+        is_lost = done is not None and self.is_lost()
+        if done is not None and there and before == self.inputs and not more_to_ask and not is_lost:
             log.info("%s: done already, skipped", self.name)
             return self.read_result(kind, done)
         if start:
             self.start()
         return None
 
+    def is_lost(self) -> bool:
+        """Whether something that this stage made is gone or cut off, as far as lengths tell; what is left of it goes
+        too, so that the stage finds it missing."""
+        made = manifest.read(self.part.with_name(f"manifest{spread.name(self.recipe.shard)}.json"))
+        made = made or manifest.read(self.folder / manifest.FILE)
+        lost = manifest.lost(self.folder, made) if made else []
+        for path in lost:
+            (self.folder / path).unlink(missing_ok=True)
+        if lost:
+            log.warning("%s: gone or of another length, and made again: %s", self.name, listed(lost))
+        return bool(lost)
+
+    def is_only_more(self) -> bool:
+        """Whether there are just shards that are new or changed since; says which."""
+        before = read_json(self.folder / "inputs.json")
+        if self.name not in BY_SHARD or before is None or before == self.inputs:
+            return False
+        old, new = before.get("shards", {}), self.inputs.get("shards", {})
+        if {**before, "shards": new} != self.inputs or old.keys() - new.keys():
+            return False
+        for what, names in (("new", new.keys() - old.keys()), ("changed", {n for n in old if old[n] != new[n]})):
+            if names:
+                log.info("%s: %s: %s", self.name, what, listed(sorted(names)))
+        return True
+
     def refuse_changes(self) -> None:
         """Stop where what is there was made from other inputs."""
         before = read_json(self.folder / "inputs.json")
-        if before is not None and before != self.inputs:
+        if before is None or before == self.inputs:
+            return
+        gone = before.get("shards", {}).keys() - self.inputs.get("shards", {}).keys()
+        if gone and {**before, "shards": 0} == {**self.inputs, "shards": 0}:
             raise UserError(
-                f"{self.name}: {changes(before, self.inputs)} since {self.folder} was made; run again with --redo to"
-                " do it anew (recorded answers are used again), or give another --run-folder"
+                f"{self.name}: gone since {self.folder} was made: {listed(sorted(gone))}; put back what is gone, or"
+                " run again with --redo, which removes what was made of it too"
             )
+        raise UserError(
+            f"{self.name}: {changes(before, self.inputs)} since {self.folder} was made; run again with --redo to"
+            " do it anew (recorded answers are used again), or give another --run-folder"
+        )
 
     def start(self) -> None:
         """From now on what was made before counts no more."""
+        mirror.forget(self.folder / "result.json", self.folder / manifest.FILE)
+        manifest.begin(self.folder)
+        for left in () if self.recipe.shard else self.folder.glob(".*.tmp"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         (self.folder / "result.json").unlink(missing_ok=True)
+        if read_json(self.folder / "inputs.json") != self.inputs:
+            mirror.forget(self.part.parent)
+            shutil.rmtree(self.part.parent, ignore_errors=True)
         write_text(self.folder / "inputs.json", dump(self.inputs))
-        write_text(self.folder / "recipe.yaml", to_yaml(self.recipe))
+        write_text(self.folder / "recipe.yaml", to_yaml(self.recipe.model_copy(update={"shard": None})))
 
     def read_result(self, kind: type[AnyResult], done: dict[str, Any]) -> AnyResult:
         """A stored result, if this version wrote it."""
@@ -98,23 +150,55 @@ class Stage:
             ) from None
 
     def finish(self, result: AnyResult) -> AnyResult:
-        """Write the result, then its numbers to the metrics."""
+        """Write the manifest, the result, then its numbers to the metrics; of one part of the work no numbers."""
         values = result.model_dump(mode="json")
+        self.vouch(dump(values))
+        if self.recipe.shard:
+            write_text(self.part, dump(values))
+            return result
         write_text(self.folder / "result.json", dump(values))
+        (self.folder / manifest.BEFORE).unlink(missing_ok=True)
         numbers = flatten(values, numbers_only=True)
-        line = json.dumps({"stage": self.name, "time": round(time.time(), 3), **numbers})
-        with (self.recipe.run_folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        line = {"stage": self.name, "time": round(time.time(), 3), **numbers}
+        add_line(self.recipe.run_folder / "metrics.jsonl", line)
         if self.recipe.tracking.to:
             from pipeline import dashboards  # it reads what stages left, and so stands above this file
 
             dashboards.send(self.name, self.recipe, numbers)
         return result
 
+    def vouch(self, result: str) -> None:
+        """Write the manifest of what was made, of a part what this process made; and of the result, which comes
+        last."""
+        known = manifest.known(self.folder)
+        if self.recipe.shard:
+            own = {*map(str, storage.WRITTEN), *storage.UPLOADED}
+            path = self.part.with_name(f"manifest{spread.name(self.recipe.shard)}.json")
+            manifest.write(path, manifest.of(self.folder, self.places, known, own))
+            return
+        made = manifest.of(self.folder, self.places, known)
+        raw = result.encode()
+        entry = manifest.Entry(len(raw), hashlib.sha256(raw).hexdigest(), "")
+        manifest.write(self.folder / manifest.FILE, made._replace(files=made.files | {"result.json": entry}))
+
+    @property
+    def part(self) -> Path:
+        """The result of the part that this process does; there is none where it does all."""
+        return self.folder / "parts" / f"result{spread.name(self.recipe.shard)}.json"
+
     @property
     def seconds(self) -> float:
         """Seconds since this stage began."""
         return round(time.perf_counter() - self.begin, 3)
+
+
+def add_line(path: Path, values: dict[str, Any]) -> None:
+    """Add a line to a file of JSON lines, below one that a crash cut."""
+    with path.open("a+b") as file:
+        begin = file.seek(0, io.SEEK_END)
+        file.seek(max(0, begin - 1))
+        cut = begin > 0 and file.read(1) != b"\n"
+        file.write(b"\n" * cut + json.dumps(values).encode() + b"\n")
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
@@ -124,7 +208,9 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def stage(name: str, recipe: Recipe, inputs: dict[str, Any]) -> Iterator[Stage]:
-    """Work on one stage of a run, alone."""
+    """Work on one stage of a run, alone; on a part of it, beside those at work on the others."""
+    if name not in IN_PARTS:
+        spread.by_one(recipe, name)
     work = Stage(name, recipe, inputs)
     check_apart(recipe)
     if recipe.tracking.to:
@@ -135,15 +221,16 @@ def stage(name: str, recipe: Recipe, inputs: dict[str, Any]) -> Iterator[Stage]:
         raise UserError(
             f"run_folder: {work.folder} cannot be made ({error.strerror}); give another --run-folder"
         ) from None
-    lock = FileLock(work.folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{name}: another process is at work in {work.folder}; wait for it or stop it") from None
-    try:
+    check_format(work.folder)
+    refusal = f"{name}: another process is at work in {work.folder}; wait for it or stop it"
+    with ExitStack() as held:
+        held.enter_context(locks.held(work.folder / ".lock", refusal, shared=recipe.shard is not None))
+        if recipe.shard:
+            own = work.folder / f".lock{spread.name(recipe.shard)}"
+            held.enter_context(
+                locks.held(own, f"{name}: another process is at work on part {recipe.shard}; wait for it")
+            )
         yield work
-    finally:
-        lock.release()
 
 
 def check_apart(recipe: Recipe) -> None:
@@ -165,8 +252,27 @@ def upstream(path: Path | None, recipe: Recipe, inside: str, stage_name: str) ->
     made, folder = recipe.run_folder / inside, recipe.run_folder / inside.split("/")[0]
     if not (folder / "result.json").exists():
         raise UserError(f"{stage_name}: {folder} is not finished; run gristmill {folder.name} first")
+    check_format(folder)
     warn_of_other_settings(recipe, folder, stage_name)
     return made
+
+
+def corpus_of(stage_name: str, recipe: Recipe, reader: str, named: Path | None = None) -> Place:
+    """The corpus that an earlier stage left, wherever it put it, or what was named instead of it."""
+    if named is None:
+        upstream(None, recipe, f"{stage_name}/{places.CORPORA[stage_name]}", reader)
+        return places.made(recipe, stage_name)
+    place = places.of(named, reader)
+    if not places.is_there(place):
+        raise UserError(f"{reader}: {place} does not exist")
+    return place
+
+
+def check_format(folder: Path) -> None:
+    """Refuse a stage's folder that was written in another form."""
+    said = read_json(folder / "inputs.json")
+    if said is not None:
+        manifest.check_format(said, folder)
 
 
 def warn_of_other_settings(recipe: Recipe, folder: Path, stage_name: str) -> None:
@@ -193,6 +299,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def dump(values: dict[str, Any]) -> str:
     """JSON for files that people read too."""
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def listed(names: Sequence[str]) -> str:
+    """A few names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -66,7 +66,8 @@ def read_pairs(run_folder: Path) -> list[Row]:
     """Held-out prompts with the replies before and after, as `rl` left them: scores None where there is none."""
     path = run_folder / "rl" / "replies.parquet"
     with suppress(OSError, pa.ArrowException):
-        return [{**row, "gain": gain(row)} for row in pq.ParquetFile(path).read().to_pylist()]
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+        return [{**row, "gain": gain(row)} for row in table.to_pylist()]
     return []
 
 

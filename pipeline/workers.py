@@ -60,6 +60,7 @@ class Effort:
         """By activity: reading, tokenising, computing, writing."""
         self.counts: Counter[str] = Counter()
         """tokens, slots (tokens with padding), halvings (packs that did not fit into memory)."""
+        self.begin = time.perf_counter()
 
     @contextmanager
     def spent(self, activity: str) -> Iterator[None]:
@@ -91,3 +92,15 @@ class Effort:
         with self.lock:
             self.seconds.clear()
             self.counts.clear()
+            self.begin = time.perf_counter()
+
+    def spent_so_far(self) -> dict[str, Counter[str]]:
+        """Seconds and counts, to be added to those of others."""
+        with self.lock:
+            return {"seconds": self.seconds.copy(), "counts": self.counts.copy()}
+
+    def add(self, spent: dict[str, Counter[str]]) -> None:
+        """Add what another process spent."""
+        with self.lock:
+            self.seconds.update(spent["seconds"])
+            self.counts.update(spent["counts"])

@@ -46,6 +46,7 @@ from pipeline import prompts, rate, teacher
 from pipeline.config import Recipe
 from pipeline.engines import completions, engine, openai
 from pipeline.errors import Pending, UserError
+from pipeline.pairs import as_dict
 from pipeline.teacher import Answer
 
 HALF = {" good": math.log(0.3), " bad": math.log(0.1), " ugly": math.log(0.05)}
@@ -103,7 +104,7 @@ def test_choices_are_read_from_the_likeliest_tokens(tmp_path: Path, chat: bool) 
     row = ratings(r)["id-0"]
     assert row["score"] == pytest.approx(5 * 0.3 / 0.4)
     assert row["mass"] == pytest.approx(0.4)
-    assert dict(row["log_probs"]) == pytest.approx({" good": math.log(0.3), " bad": math.log(0.1)})
+    assert as_dict(row["log_probs"]) == pytest.approx({" good": math.log(0.3), " bad": math.log(0.1)})
     assert result.mass == pytest.approx(0.4)
 
 

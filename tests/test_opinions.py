@@ -32,6 +32,7 @@ from endpoint import (
 from pipeline import panel, plan, probe, prompts, rate
 from pipeline.consensus import pairwise, verdict
 from pipeline.errors import UserError
+from pipeline.pairs import as_dict
 from pipeline.reading import Reading, read_json
 
 
@@ -238,8 +239,8 @@ def test_ratings_carry_the_mean_probability_of_each_value(tmp_path: Path) -> Non
         r = recipe(tmp_path, server.url, prompt=prompt, rate={"more_teachers": [{"model": "other"}]})
         rate.run(r)
     for row in ratings(r).values():
-        assert dict(row["probabilities"]) == {0.0: pytest.approx(0.35), 5.0: pytest.approx(0.65)}
-        assert row["score"] == pytest.approx(sum(value * p for value, p in row["probabilities"]))
+        assert as_dict(row["probabilities"]) == {0.0: pytest.approx(0.35), 5.0: pytest.approx(0.65)}
+        assert row["score"] == pytest.approx(sum(value * p for value, p in as_dict(row["probabilities"]).items()))
 
 
 @pytest.mark.parametrize("change", [{"normalise": False}, {"line": {"offset": 1.0, "slope": 0.5}}])

@@ -95,9 +95,9 @@ def test_batches_are_bounded_and_so_is_a_paragraph(tmp_path: Path, monkeypatch: 
     batches = list(corpus.read(shards.find_shards(found)[0], found, Counts()))
     assert sum(batch.num_rows for batch in batches) == 500
     assert max(batch.num_rows for batch in batches) == 100
-    (tmp_path / "a.txt").write_text("one\n\n" + "ten bytes.\n" * 2000)
-    with pytest.raises(UserError, match=r"a\.txt line \d+: a paragraph of more than 0 MiB; put blank lines between"):
-        rows(tmp_path)
+    (tmp_path / "a.txt").write_text("one\n\n" + "ten bytes.\n" * 100_000)
+    with pytest.raises(UserError, match=r"a\.txt line \d+ holds a row of more than 1 MB; put blank lines between"):
+        rows(tmp_path, max_row_mb=1)
 
 
 @pytest.mark.parametrize("sidecar", [False, True])

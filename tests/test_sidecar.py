@@ -33,7 +33,7 @@ def put_beside(run_folder: Path, documents: Corpus, shards: list[Shard] | None =
     for shard in shards or find_shards(documents):
         table = pq.read_table(folder / shard.name).select(["id", *ADDED])
         table = table.set_column(0, "id", table["id"].cast(pa.string()))
-        note = {"corpus": documents.identity(), "shard": shard._asdict(), "made_from": fingerprint(shard)}
+        note = {"corpus": documents.model_dump(mode="json"), "shard": shard._asdict(), "made_from": fingerprint(shard)}
         with pq.ParquetWriter(folder / shard.name, table.schema) as writer:
             writer.write_table(table)
             writer.add_key_value_metadata({BESIDE: json.dumps(note).encode()})

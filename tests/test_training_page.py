@@ -117,7 +117,7 @@ SCORES: list[tuple[float | None, float | None]] = [
 def left(folder: Path, result: dict[str, Any] | None, curve: list[dict[str, Any]] | None = None) -> None:
     """What a stage leaves; one without a result is at work."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "inputs.json").write_text("{}")
+    (folder / "inputs.json").write_text('{"format": 1}')
     if result is not None:
         (folder / "result.json").write_text(json.dumps(result))
     if curve is not None:

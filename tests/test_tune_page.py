@@ -125,7 +125,12 @@ def tuned(
     lines = [json.dumps(each._asdict()) + "\n" for each in found or trials(objective, prices)]
     (folder / "trials.jsonl").write_text("".join(lines), encoding="utf-8")
     (folder / "result.json").write_text(json.dumps(result(task, objective, prices) | changes), encoding="utf-8")
-    for name, text in {"inputs.json": "{}", "best.yaml": "{}", "study.sqlite": "", "recipe.yaml": "{}"}.items():
+    for name, text in {
+        "inputs.json": '{"format": 1}',
+        "best.yaml": "{}",
+        "study.sqlite": "",
+        "recipe.yaml": "{}",
+    }.items():
         (folder / name).write_text(text)
     return run_folder
 

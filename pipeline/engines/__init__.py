@@ -1,11 +1,28 @@
 """Who runs a teacher: one file per engine, each with a function `started` that yields an Ask (pipeline.teacher)."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from pipeline.config import Teacher
+from pipeline.config import Recipe, Teacher
 from pipeline.errors import UserError, required
 from pipeline.sampling import check
 from pipeline.teacher import Ask
+
+
+def of(recipe: Recipe) -> Callable[[Teacher], AbstractContextManager[Ask]]:
+    """Brings up the teachers of a recipe: here, or in the actors of a cluster. Of an endpoint these would ask no
+    faster."""
+
+    def start(teacher: Teacher) -> AbstractContextManager[Ask]:
+        here = engine(teacher)
+        if recipe.engine == "local" or teacher.engine == "openai":
+            return here
+        from pipeline.engines import ray
+
+        ray.check(recipe.ray, teacher)
+        return ray.started(recipe.ray, teacher)
+
+    return start
 
 
 def engine(teacher: Teacher) -> AbstractContextManager[Ask]:

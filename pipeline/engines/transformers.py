@@ -18,6 +18,7 @@ from pipeline.config import Teacher
 from pipeline.engines.layout import Layout, Row
 from pipeline.engines.spacious import spacious
 from pipeline.errors import UserError, needs, required
+from pipeline.model_files import of_weights, reason
 from pipeline.models import files_of, pick_device, pick_dtype
 from pipeline.prompts import Prompt
 from pipeline.teacher import Answer, Ask, Question, Record
@@ -31,12 +32,33 @@ After = Callable[[tuple[int, ...]], Any]
 @contextmanager
 def started(teacher: Teacher) -> Iterator[Ask]:
     """The model on its device."""
-    loaded, memory = load(teacher, pick_device(teacher.device)), Memory()
+    yield Loaded(*load(teacher, pick_device(teacher.device)))
 
-    def ask(prompt: Prompt, teacher: Teacher, questions: list[Question], answered: set[str], record: Record) -> None:
-        ask_all(LocalTeacher(prompt, teacher, *loaded, memory), questions, answered, record)
 
-    yield ask
+class Loaded:
+    """A loaded model; what is computed of a prompt stays until another comes."""
+
+    def __init__(self, tokenizer: Any, model: Any) -> None:
+        self.tokenizer, self.model, self.memory = tokenizer, model, Memory()
+        self.last: LocalTeacher | None = None
+
+    def __call__(
+        self, prompt: Prompt, teacher: Teacher, questions: list[Question], answered: set[str], record: Record
+    ) -> None:
+        """Ask every question that is still open."""
+        ask_all(self.local(prompt, teacher), questions, answered, record)
+
+    def planned(self, prompt: Prompt, teacher: Teacher, questions: list[Question]) -> list[list[Question]]:
+        """The batches in which questions would be asked."""
+        known = {question.key: question for question in questions}
+        return [[known[row.key] for row in batch] for batch in planned(self.local(prompt, teacher), questions)]
+
+    def local(self, prompt: Prompt, teacher: Teacher) -> "LocalTeacher":
+        """The model with a prompt."""
+        if self.last is None or (self.last.prompt, self.last.settings) != (prompt, teacher):
+            self.last = None  # what it holds may fill the memory
+            self.last = LocalTeacher(prompt, teacher, self.tokenizer, self.model, self.memory)
+        return self.last
 
 
 @dataclass
@@ -52,15 +74,20 @@ CHUNK = 512
 
 
 def ask_all(local: "LocalTeacher", questions: list[Question], answered: set[str], record: Record) -> None:
-    """Ask batch by batch. Batches are planned over all questions, in the order of their keys, which is as good as
-    random, so a resumed run computes the same batches."""
+    """Ask batch by batch."""
+    for batch in planned(local, questions):
+        for answers in local.fitting([row for row in batch if row.key not in answered]):
+            if not record(answers):
+                return
+
+
+def planned(local: "LocalTeacher", questions: list[Question]) -> Iterator[list[Row]]:
+    """Batches over all questions, in the order of their keys, which is as good as random, so that a resumed run
+    computes the same ones."""
     ordered = sorted(questions)
     for begin in range(0, len(ordered), CHUNK):
         rows = sorted(map(local.layout.row, ordered[begin : begin + CHUNK]), key=lambda row: (len(row.ids), row.key))
-        for batch in batches(rows, local.extra, local.settings.batch_tokens):
-            for answers in local.fitting([row for row in batch if row.key not in answered]):
-                if not record(answers):
-                    return
+        yield from batches(rows, local.extra, local.settings.batch_tokens)
 
 
 def batches(rows: list[Row], extra: int, budget: float) -> list[list[Row]]:
@@ -325,10 +352,9 @@ def load(teacher: Teacher, device: str) -> tuple[Any, Any]:
         kinds = {False: transformers.AutoModelForCausalLM, True: transformers.AutoModelForSeq2SeqLM}
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
         kind = kinds[bool(config.is_encoder_decoder)]
-        model = kind.from_pretrained(name, config=config, dtype=pick_dtype(teacher.dtype, device), **where)
+        model = kind.from_pretrained(name, config=config, dtype=pick_dtype(teacher.dtype, device), **of_weights(where))
     except (OSError, ValueError, KeyError, ImportError, struct.error, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"teacher.model: {teacher.model} cannot be loaded ({reason})") from None
+        raise UserError(f"teacher.model: {teacher.model} cannot be loaded ({reason(error)})") from None
     model.generation_config = token_ids_only(model.generation_config)
     try:
         return tokenizer, model.to(device).eval()
