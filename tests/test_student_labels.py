@@ -66,7 +66,7 @@ def finish(path: Path, columns: dict[str, object], settings: config.Recipe, **me
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path)
     for name in ("inputs.json", "result.json"):
-        (path.parent / name).write_text("{}")
+        (path.parent / name).write_text('{"format": 1}')
     (path.parent / "recipe.yaml").write_text(config.to_yaml(settings))
     return path
 
