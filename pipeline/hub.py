@@ -11,7 +11,7 @@ log = logging.getLogger("gristmill")
 
 KEPT_CARD = "kept_card"
 """Folder of an export with the dataset card."""
-NOT_UPLOADED = ["result.json", "inputs.json", "recipe.yaml", ".lock", "*.tmp", f"{KEPT_CARD}/*"]
+NOT_UPLOADED = ["result.json", "inputs.json", "manifest*.json", "recipe.yaml", ".lock", "*.tmp", f"{KEPT_CARD}/*"]
 """What a stage keeps for itself."""
 
 Kind = Literal["model", "dataset"]
