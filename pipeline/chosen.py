@@ -3,7 +3,8 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +16,39 @@ from pipeline.keys import Floor, Survey
 from pipeline.rule import Rule
 from pipeline.tracking import read_json
 
-FOLDER, FILE, LOCK = "keys", "chosen.json", ".chosen.lock"
+FOLDER, FILE, LOCK, IN_USE = "keys", "chosen.json", ".chosen.lock", ".in-use.lock"
 """Holds a key file for each shard and, written last, the choice."""
 
 Chosen = tuple[Survey, Rule]
 
 
-def once(folder: Path, made_from: str, survey: Survey, make: Callable[[Path], Rule]) -> Chosen:
-    """The choice that is there, or else what `make` finds while it fills the survey and a folder of key files."""
+@contextmanager
+def once(folder: Path, made_from: str, survey: Survey, make: Callable[[Path], Rule]) -> Iterator[Chosen]:
+    """The choice that is there, or else what `make` finds while it fills the survey and a folder of key files; nobody
+    chooses anew while it is in use."""
+    with ExitStack() as use:
+        with locks.held(folder / LOCK, "", wait=True):
+            there = read(folder, made_from, survey.settings, survey.found, survey.seed)
+            if there is None:
+                refusal = f"filter: parts with other settings are at work in {folder}; wait for them or stop them"
+                with locks.held(folder / IN_USE, refusal):
+                    there = survey, made(folder, made_from, survey, make)
+            use.enter_context(locks.held(folder / IN_USE, "", shared=True, wait=True))
+        yield there
+
+
+def made(folder: Path, made_from: str, survey: Survey, make: Callable[[Path], Rule]) -> Rule:
+    """A new choice, written down; nothing is left where there is none to make."""
+    forget(folder)
     keys = folder / FOLDER
-    with locks.held(folder / LOCK, "", wait=True):
-        there = read(folder, made_from, survey.settings, survey.found, survey.seed)
-        if there is not None:
-            return there
+    keys.mkdir(parents=True, exist_ok=True)
+    try:
+        rule = make(keys)
+        storage.write_text(keys / FILE, json.dumps({"made_from": made_from, **said(survey, rule)}))
+    except BaseException:
         forget(folder)
-        keys.mkdir(parents=True)
-        try:
-            rule = make(keys)
-            storage.write_text(keys / FILE, json.dumps({"made_from": made_from, **said(survey, rule)}))
-        except BaseException:
-            forget(folder)
-            raise
-    return survey, rule
+        raise
+    return rule
 
 
 def forget(folder: Path) -> None:
@@ -79,7 +91,7 @@ def said(survey: Survey, rule: Rule) -> dict[str, Any]:
 def fingerprints(recipe: Recipe, chosen: Chosen, inputs: dict[str, Any]) -> dict[str, str]:
     """By shard, a fingerprint of all that decides which of its rows are kept."""
     survey, rule = chosen
-    floor, cuts = rule.floor, None if rule.cuts is None else rule.cuts.tolist()
-    how = [recipe.filter.identity(), recipe.seed, floor, cuts, survey.groups.codes]
     noise = inputs if survey.noise is not None else None  # it hangs on the shards before
-    return {name: digest([how, noise, print]) for name, print in inputs["shards"].items()}
+    cuts = None if rule.cuts is None else rule.cuts.tolist()
+    how = digest([recipe.filter.identity(), recipe.seed, rule.floor, cuts, survey.groups.codes, noise])
+    return {name: digest([how, print]) for name, print in inputs["shards"].items()}

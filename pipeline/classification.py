@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import needs
 from pipeline.layers import Layer, Layers
+from pipeline.model_files import has_own_code
 
 Weights = NDArray[np.floating[Any]]
 
@@ -125,7 +126,7 @@ def model_of(encoder: Any, layers: Layers, bound: float, config: dict[str, Any])
     transformers = needs("transformers", "torch")
     own, pooling = encoder[0].auto_model, pooling_of(encoder)
     family = FAMILIES.get(own.config.model_type)
-    if family is None or pooling not in family.poolings:
+    if family is None or has_own_code(own) or pooling not in family.poolings:
         return None
     pair = family.pair(layers, bound)
     if pair is None or len(pair.inner_bias) > own.config.hidden_size:

@@ -163,6 +163,11 @@ class Actors(Generic[Item, Made]):
         one = self.ray.remote(Worker).options(**options).remote(str(Path.cwd()), environment(self.settings))
         self.running[one.begin.remote(self.start)] = one, None
 
+    def wait(self) -> None:
+        """Until the first actor is up, which may find the settings wrong."""
+        while not self.idle:
+            list(self.arrived())
+
     def over(self, items: Iterable[Item]) -> Iterator[tuple[Item, Made]]:
         """Each item with what is made of it, as it is done. Items are taken as actors become free."""
         source, again, is_over = map(Task, items), deque[Task](), False

@@ -89,6 +89,8 @@ class Teacher(Settings):
     endpoint's model name."""
     revision: str | None = None
     """Hub revision of the model."""
+    trust_remote_code: Annotated[bool, OPERATIONAL] = False
+    """Run the code that comes with the model or its tokenizer; pin revision and read it first."""
     document_tokens: Count = 1024
     """Longer documents are cut to this many tokens, and the cut is marked for the teacher."""
     max_tokens: Count = 512
@@ -302,6 +304,8 @@ class Encoder(Settings):
     """Hub name, folder, or package:NAME/PATH: anything that sentence-transformers loads."""
     revision: str | None = None
     """Hub revision of the model."""
+    trust_remote_code: Annotated[bool, OPERATIONAL] = False
+    """Run the code that comes with the model, or with the student's copy of it; pin revision and read it first."""
     pooling: Literal["cls", "mean"] | None = None
     """How token states become an embedding; without it as the model's own files say, and the mean where they don't."""
     max_tokens: Count = 512

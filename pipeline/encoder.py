@@ -196,10 +196,11 @@ def load(settings: config.Encoder, device: str) -> Any:
             name,
             revision=settings.revision,
             device=device,
+            trust_remote_code=settings.trust_remote_code,
             model_kwargs=model_files.of_weights({"dtype": models.pick_dtype(dtype, device)}),
         ).eval()
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, UnpicklingError, damaged) as error:
-        reason = model_files.reason(error)
+        reason = model_files.reason(error, "encoder.model")
         raise UserError(f"encoder.model: {settings.model} cannot be loaded ({reason})") from None
     if not hasattr(model[0], "auto_model"):
         raise UserError(f"encoder.model: {settings.model} is no transformer; choose one that is")

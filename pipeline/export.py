@@ -80,7 +80,8 @@ def run(recipe: Recipe, redo: bool = False) -> ExportResult:
         FORMATS[name].check()
     kept = kept_folder(recipe) if recipe.export.push_kept_to_hub else None
     folder = upstream(recipe.export.student, recipe, "train/student", "export")
-    student = students.load(folder, Encoder(dtype="float32", device="cpu"))
+    how = Encoder(dtype="float32", device="cpu", trust_remote_code=recipe.encoder.trust_remote_code)
+    student = students.load(folder, how)
     with stage("export", recipe, inputs(recipe, student)) as work:
         files = [work.folder / FORMATS[name].file for name in recipe.export.formats]
         done = work.finished(ExportResult, redo, all(file.exists() for file in files))

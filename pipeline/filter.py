@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline import cascade, choice, chosen, config, corpus, judged, locks, mirror, places, scored, spread, storage
 from pipeline import rule as rules
+from pipeline.chosen import Chosen
 from pipeline.config import Recipe, digest
 from pipeline.errors import UserError
 from pipeline.keys import AMOUNTS, THRESHOLDS, Survey, reaches, surveyed
@@ -25,7 +26,7 @@ from pipeline.places import Place
 from pipeline.rule import Rule
 from pipeline.shards import Counts, Shard, fingerprints
 from pipeline.sinks import SINKS
-from pipeline.tracking import Result, progress, read_json, stage
+from pipeline.tracking import Result, Stage, progress, read_json, stage
 
 log = logging.getLogger("gristmill")
 
@@ -134,32 +135,17 @@ def run(recipe: Recipe, redo: bool = False) -> FilterResult:
         done = work.finished(FilterResult, redo, is_whole, start=False)
         if done:
             return done
-        there = names_there(recipe)  # without what was cut off, which is gone now
-        made_from, survey = digest(work.inputs), Survey(recipe.filter, found, recipe.seed)
+        survey = Survey(recipe.filter, found, recipe.seed)
         make = partial(choose, recipe, shards, behind, survey)
-        survey, rule = chosen.once(work.folder, made_from, survey, make)
-        check_ours(work.folder, shards, recipe)
-        work.start()
-        if not recipe.shard:
-            sweep(work.folder, shards, recipe)
-        prints = chosen.fingerprints(recipe, (survey, rule), work.inputs)
-        known = {shard: tally_of(shard, prints[shard.name], work.folder) for _, shard in own}
-        tallies = {shard: tally if name_of(shard, recipe.filter) in there else None for shard, tally in known.items()}
-        if None in tallies.values():
-            mirror.forget(work.folder / TALLIES)  # else another machine would take new shards for those of before
-        todo = [(number, shard) for number, shard in own if tallies[shard] is None]
-        with progress("filter", corpus.n_rows([shard for _, shard in todo])) as step:
-            start = partial(writer, recipe, found, work.folder, made_from, prints)
-            for (_, shard), tally in spread.over(recipe, start, todo):
-                tallies[shard] = tally
-                step(tally.counts.n_rows)
-        if recipe.engine == "ray" and not recipe.shard:
-            sweep(work.folder, shards, recipe)  # actors that died left files
-        total = Tally(max(1, len(survey.n_scored)))
-        for written in tallies.values():
-            assert written is not None, "every shard is written"
-            total.add(written)
-        result = work.finish(summarise(recipe, survey, rule, total, bool(behind), work.seconds))
+        with chosen.once(work.folder, digest(work.inputs), survey, make) as choice_made:
+            check_ours(work.folder, shards, recipe)
+            work.start()
+            if not recipe.shard:
+                sweep(work.folder, shards, recipe)
+            total = write_all(work, own, choice_made)
+            if recipe.engine == "ray" and not recipe.shard:
+                sweep(work.folder, shards, recipe)  # actors that died left files
+            result = work.finish(summarise(recipe, *choice_made, total, bool(behind), work.seconds))
         if not recipe.shard:
             chosen.forget(work.folder)
         return result
@@ -255,7 +241,8 @@ def check_ours(folder: Path, shards: list[Shard], recipe: Recipe) -> None:
     ours = {PurePosixPath(name).with_suffix("").with_suffix("") for name in places.names(folder / TALLIES)}
     ours |= {PurePosixPath(shard.name).with_suffix("") for shard in shards}
     for place in sides(recipe) if recipe.filter.output else []:
-        foreign = next((name for name in places.names(place) if PurePosixPath(name).with_suffix("") not in ours), None)
+        names = (name for name in places.names(place) if not storage.is_unfinished(name))
+        foreign = next((name for name in names if PurePosixPath(name).with_suffix("") not in ours), None)
         if foreign is not None:
             raise UserError(f"filter.output: {place} holds {foreign}, which is not of this run; give an empty folder")
 
@@ -268,6 +255,27 @@ def sweep(folder: Path, shards: list[Shard], recipe: Recipe) -> None:
     storage.sweep(folder / TALLIES, {f"{shard.name}.json" for shard in shards})
 
 
+def write_all(work: Stage, own: list[tuple[int, Shard]], choice_made: Chosen) -> Tally:
+    """What became of the rows of numbered shards; those are written that are not there as chosen."""
+    recipe, survey, there = work.recipe, choice_made[0], names_there(work.recipe)
+    prints = chosen.fingerprints(recipe, choice_made, work.inputs)
+    total, todo = Tally(max(1, len(survey.n_scored))), []
+    for number, shard in own:
+        known = name_of(shard, recipe.filter) in there and tally_of(shard, prints[shard.name], work.folder)
+        total.add(known) if known else todo.append((number, shard))
+    if todo:
+        mirror.forget(work.folder / TALLIES)  # else another machine would take new shards for those of before
+    n_left = len(todo)
+    with progress("filter", corpus.n_rows([shard for _, shard in todo])) as step:
+        start = partial(writer, recipe, survey.found, work.folder, digest(work.inputs), prints)
+        for _, tally in spread.over(recipe, start, todo):
+            total.add(tally)
+            step(tally.counts.n_rows)
+            n_left -= 1
+    assert not n_left, "every shard is written"
+    return total
+
+
 def writer(
     recipe: Recipe, found: config.Corpus, folder: Path, made_from: str, prints: dict[str, str]
 ) -> Callable[[tuple[int, Shard]], Tally]:
@@ -278,9 +286,11 @@ def writer(
 
     def write(numbered: tuple[int, Shard]) -> Tally:
         number, shard = numbered
+        path = tally_file(shard, folder)
+        path.unlink(missing_ok=True)  # it would vouch for the new rows, were this process killed before it is replaced
         tally = write_shard(shard, number, survey, recipe, rule)
         said = {"made_from": prints[shard.name], "tally": tally.said()}
-        storage.write_text(tally_file(shard, folder), json.dumps(said, ensure_ascii=False))
+        storage.write_text(path, json.dumps(said, ensure_ascii=False))
         return tally
 
     return write
@@ -383,7 +393,7 @@ def summarise(recipe: Recipe, survey: Survey, rule: Rule, tally: Tally, behind: 
     cut = cut_of(rule, tally, recipe.filter)
     if not n_kept and not recipe.shard:
         log.warning("filter: nothing reaches %g, so nothing is kept", rule.floor.cut if rule.floor else math.inf)
-    kept = None if behind else rules.chance(recipe.filter, survey, rule, float(tally.lowest[0]))
+    kept = None if behind or recipe.shard else rules.chance(recipe.filter, survey, rule, float(tally.lowest[0]))
     lie = survey.scores.lie()
     return FilterResult(
         seconds=seconds,

@@ -66,8 +66,9 @@ def rows_at_a_time(metadata: pq.FileMetaData) -> int:
 def read_arrow(shard: Shard, corpus: Corpus, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
     """Stream an Arrow shard."""
     with opened(shard) as file:
-        begin = len(FILE_BEGINS) if is_file_format(file) else 0
-        batches = in_proportion(map(whole, open_arrow(file, shard)[1]), file, begin, shard, corpus)
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        batches = (in_proportion(whole(batch), size, shard, corpus) for batch in open_arrow(file, shard)[1])
         yield from in_pieces(batches, shard, corpus, columns)
 
 
@@ -91,20 +92,11 @@ def arrow_schema(shard: Shard, _: Corpus) -> pa.Schema:
 
 def open_arrow(file: IO[bytes], shard: Shard) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
     """Schema and batches of the stream format (save_to_disk) or the file format (Feather)."""
-    is_file = is_file_format(file)
+    is_file = file.read(6) == b"ARROW1"
+    file.seek(0)
     reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
     check_unique(reader.schema, shard)
     return reader.schema, map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-
-
-FILE_BEGINS = b"ARROW1\0\0"
-
-
-def is_file_format(file: IO[bytes]) -> bool:
-    """Whether a shard of Arrow is in the file format; it is left at its beginning."""
-    begins = file.read(6)
-    file.seek(0)
-    return begins == FILE_BEGINS[:6]
 
 
 def in_pieces(

@@ -28,7 +28,7 @@ def load(
         )
     except (OSError, ValueError, KeyError, ImportError, struct.error, safetensors.SafetensorError) as error:
         raise UserError(
-            f"{setting}: {name} cannot be loaded as a causal language model ({first_sentence(error)})"
+            f"{setting}: {name} cannot be loaded as a causal language model ({first_sentence(error, setting)})"
         ) from None
     if "gguf_file" in options:
         model = unquantised(model)
@@ -38,9 +38,9 @@ def load(
     return tokenizer, model.to(device)
 
 
-def first_sentence(error: Exception) -> str:
+def first_sentence(error: Exception, setting: str) -> str:
     """What the library says, as far as it is about this."""
-    return model_files.reason(error).split(". ")[0]
+    return model_files.reason(error, setting).split(". ")[0]
 
 
 def check_whole(name: str, setting: str) -> None:

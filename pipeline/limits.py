@@ -1,9 +1,8 @@
 """How much memory a file of a corpus may take: long rows, and files that unpack to far more than they are."""
 
 import io
-import struct
-from collections.abc import Iterable, Iterator
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -85,15 +84,35 @@ def pass_over(line: bytes, file: IO[bytes]) -> None:
 
 
 def check_rows(batch: pa.RecordBatch, shard: "Shard", corpus: Corpus) -> pa.RecordBatch:
-    """The batch, unless one of its rows is too large."""
+    """The batch, unless one of its rows is too large. What rows share counts whole in each, so it is taken apart."""
     most = corpus.max_row_mb * MB
-    if batch.nbytes > most and any(plain(batch.slice(row, 1)).nbytes > most for row in range(batch.num_rows)):
-        raise long_row(shard.source, corpus)
+    if batch.nbytes > most:
+        own = without_views(batch)
+        if own.nbytes > most and any(decoded(own.slice(row, 1)).nbytes > most for row in range(own.num_rows)):
+            raise long_row(shard.source, corpus)
     return batch
 
 
-def plain(row: pa.RecordBatch) -> pa.RecordBatch:
-    """A batch without dictionaries, which count whole however few of their values are used."""
+def without_views(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """A batch in which each string lies by itself."""
+    columns = [column.cast(without_view(column.type)) for column in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, batch.schema.names)
+
+
+def without_view(kind: pa.DataType) -> pa.DataType:
+    """The type that holds the same without views."""
+    is_a = pa.types
+    if is_a.is_string_view(kind) or is_a.is_binary_view(kind):
+        return pa.large_binary()
+    if is_a.is_struct(kind):
+        return pa.struct([field.with_type(without_view(field.type)) for field in kind])
+    if is_a.is_list(kind) or is_a.is_large_list(kind):
+        return pa.large_list(without_view(kind.value_type))
+    return kind
+
+
+def decoded(row: pa.RecordBatch) -> pa.RecordBatch:
+    """A row without dictionaries."""
     columns = [each.dictionary_decode() if pa.types.is_dictionary(each.type) else each for each in row.columns]
     return pa.RecordBatch.from_arrays(columns, row.schema.names)
 
@@ -110,138 +129,7 @@ def check_parquet(metadata: pq.FileMetaData, size: int, shard: "Shard", corpus: 
     check_unpacked(sum(group.total_byte_size for group in groups), size, shard.source, corpus)
 
 
-def in_proportion(
-    batches: Iterable[pa.RecordBatch], file: IO[bytes], begin: int, shard: "Shard", corpus: Corpus
-) -> Iterator[pa.RecordBatch]:
-    """Arrow's record batches, each after a look at how large it will be; its messages begin at byte `begin`.
-
-    `batches` are read from `file`, whose place is left as it was.
-    """
-    found, stored = iter(batches), record_batches(file, begin)
-    while True:
-        here = file.tell()
-        known = next(stored, None)
-        file.seek(here)
-        if known is not None:
-            check_batch(known, shard, corpus)
-        batch = next(found, None)
-        if batch is None:
-            return
-        if known is None:
-            raise OSError("a batch lies outside the stream")
-        yield batch
-
-
-class Stored(NamedTuple):
-    """A record batch, with the dictionaries before it: bytes in the file, bytes in memory, and rows."""
-
-    packed: int
-    unpacked: int
-    n_rows: int
-
-
-def check_batch(stored: Stored, shard: "Shard", corpus: Corpus) -> None:
-    """Refuse a record batch before it is read, as a whole, into memory."""
-    check_unpacked(stored.unpacked, stored.packed, shard.source, corpus)
-    if stored.unpacked > corpus.max_row_mb * MB * max(stored.n_rows, 1):
-        raise long_row(shard.source, corpus)
-
-
-def record_batches(file: IO[bytes], at: int) -> Iterator[Stored]:
-    """What the messages from byte `at` say of each record batch."""
-    packed = unpacked = 0
-    try:
-        while (found := message(file, at)) is not None:
-            compressed = sum(size_of(file, found.end - found.body + place, n) for place, n in found.buffers)
-            packed += found.body
-            unpacked += max(found.body, compressed)
-            if found.kind == RECORD_BATCH:
-                yield Stored(packed, unpacked, found.n_rows)
-                packed = unpacked = 0
-            at = found.end
-    except (struct.error, ValueError) as error:
-        raise OSError(f"a damaged message: {error}") from None
-
-
-def size_of(file: IO[bytes], at: int, stored: int) -> int:
-    """Bytes of a compressed buffer, which names them at its beginning; -1 there says that it is not compressed."""
-    if stored < 8:
-        return stored
-    file.seek(at)
-    [found] = struct.unpack("<q", file.read(8))
-    return stored if found < 0 else int(found)
-
-
-CONTINUES = 0xFFFFFFFF
-"""Begins each message, but for the oldest files."""
-DICTIONARY_BATCH, RECORD_BATCH = 2, 3
-
-
-class Message(NamedTuple):
-    """A message of Arrow's format: kind, rows, place and length of its compressed buffers in the body, the bytes of
-    that, and where it ends in the file."""
-
-    kind: int
-    n_rows: int
-    buffers: list[tuple[int, int]]
-    body: int
-    end: int
-
-
-def message(file: IO[bytes], at: int) -> Message | None:
-    """The message at a byte of the file, None at the end; its head is a flatbuffer (format/Message.fbs), a table of
-    which points back to the list of where its fields are."""
-    file.seek(at)
-    start = file.read(8)
-    if len(start) < 8:
-        return None
-    marker, length = struct.unpack("<Ii", start)
-    begin = at + 8
-    if marker != CONTINUES:
-        begin, length = at + 4, marker
-    if length <= 0:
-        return None
-    file.seek(begin)
-    head = file.read(length)
-    table = number(head, 0, "I")
-    kind, body = value(head, table, 1, "B"), value(head, table, 3, "q")
-    if body < 0:
-        raise ValueError("its length is negative")
-    end = begin + length + body
-    if kind not in (DICTIONARY_BATCH, RECORD_BATCH):
-        return Message(kind, 0, [], body, end)
-    batch = follow(head, field(head, table, 2))
-    if kind == DICTIONARY_BATCH:
-        batch = follow(head, field(head, batch, 1))
-    compressed = buffers(head, batch) if field(head, batch, 3) else []
-    return Message(kind, value(head, batch, 0, "q"), compressed, body, end)
-
-
-def buffers(head: bytes, batch: int) -> list[tuple[int, int]]:
-    """Place and length of each buffer of a record batch."""
-    listed = follow(head, field(head, batch, 2))
-    places = range(listed + 4, listed + 4 + 16 * number(head, listed, "I"), 16)
-    return [(number(head, place, "q"), number(head, place + 8, "q")) for place in places]
-
-
-def field(head: bytes, table: int, which: int) -> int:
-    """Where a field of a table is; 0 for one that is not there."""
-    places, at = table - number(head, table, "i"), 4 + 2 * which
-    offset = number(head, places + at, "H") if at < number(head, places, "H") else 0
-    return table + offset if offset else 0
-
-
-def value(head: bytes, table: int, which: int, kind: str) -> int:
-    """A number in a field; 0 for one that is not there."""
-    at = field(head, table, which)
-    return number(head, at, kind) if at else 0
-
-
-def follow(head: bytes, at: int) -> int:
-    """Where a reference points."""
-    return at + number(head, at, "I")
-
-
-def number(head: bytes, at: int, kind: str) -> int:
-    """A little-endian number."""
-    return int(struct.unpack_from("<" + kind, head, at)[0])
+def in_proportion(batch: pa.RecordBatch, size: int, shard: "Shard", corpus: Corpus) -> pa.RecordBatch:
+    """The batch, unless it is too many times as large as its file of `size` bytes."""
+    check_unpacked(batch.nbytes, size, shard.source, corpus)
+    return batch

@@ -11,6 +11,7 @@ import numpy as np
 from pipeline import classification
 from pipeline.errors import needs
 from pipeline.layers import Layer, Layers
+from pipeline.model_files import has_own_code
 
 SENTENCE_TRANSFORMER = "SentenceTransformer"
 CLASSIFICATION = "AutoModelForSequenceClassification"
@@ -25,12 +26,12 @@ def write(
     """Write `encoder` (a SentenceTransformer) with `layers` behind it in float32; returns the loaders that are exact.
 
     Where a classification model would not be exact, the transformer is in a folder of its own, so that loading one
-    fails instead of starting with random weights.
+    fails instead of starting with random weights; but not one with code of its own, which is looked for at the root.
     """
     model = copy.deepcopy(encoder).float().cpu().eval()
     model.max_seq_length, model.default_prompt_name = max_tokens, None
     exact = classification.model_of(model, layers, bound, config)
-    model[0].save_in_root = exact is not None
+    model[0].save_in_root = exact is not None or has_own_code(model[0].auto_model)
     for i, layer in enumerate(layers):
         model.add_module(f"head{i}", dense(layer))
     model.save(str(folder), create_model_card=False)

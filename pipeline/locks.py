@@ -40,14 +40,14 @@ def held(path: Path, refusal: str, shared: bool = False, wait: bool = False) -> 
 
 
 @contextmanager
-def written_by_one(path: Place) -> Iterator[None]:
-    """Refuse while another process writes the same shard; nothing is left of the lock. Object stores have no locks:
-    whoever comes last there puts the same bytes once more."""
+def written_by_one(path: Place, what: str = "shard") -> Iterator[None]:
+    """Refuse while another process writes the same shard or training; nothing is left of the lock. Object stores have
+    no locks: whoever comes last there puts the same bytes once more."""
     if not isinstance(path, Path):
         yield
         return
     lock = path.parent / f".{path.name}.lock"
-    with held(lock, f"{path}: another process is writing this shard; leave it to that one, or stop it"):
+    with held(lock, f"{path}: another process is writing this {what}; leave it to that one, or stop it"):
         try:
             yield
         finally:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -10,9 +11,9 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from pipeline import __version__
+from pipeline import __version__, places, storage
 from pipeline.errors import UserError
-from pipeline.storage import UPLOADED, write_text
+from pipeline.storage import write_text
 
 FORMAT = 1
 """Form of a run folder; another number is refused and never read."""
@@ -25,7 +26,8 @@ OWN = (FILE, BEFORE, "parts", "checkpoints", "keys")
 """Names in a stage's folder that no manifest lists: what is gone when the stage is done, and manifests themselves."""
 EDITABLE = (".yaml", ".md")
 """Endings of files that people may change after they were made."""
-BLOCK = 1 << 20
+TOGETHER = "model"
+"""Name of folders whose files are one thing: without one of them the others are of no use."""
 
 
 class Entry(NamedTuple):
@@ -33,6 +35,14 @@ class Entry(NamedTuple):
 
     bytes: int
     sha256: str
+    """Empty for what another process put behind a URL: it is not fetched again to be hashed."""
+    version: str
+
+
+class Written(NamedTuple):
+    """The length of a file, and what tells this writing of it from the next."""
+
+    bytes: int
     version: str
 
 
@@ -50,25 +60,45 @@ EMPTY = Manifest({}, {})
 # -- making one -------------------------------------------------------------------------------------------------------
 
 
-def of(folder: Path, places: dict[str, str], known: dict[str, Entry], only: Collection[str] | None = None) -> Manifest:
-    """The manifest of the finished files in a folder and its places, or of those at `only` these absolute paths and
-    URLs; those that are known and were not written since keep their digest."""
-    paths = sorted(walk(folder, places))
+def of(
+    folder: Path, elsewhere: dict[str, str], known: dict[str, Entry], only: Collection[str] | None = None
+) -> Manifest:
+    """The manifest of the finished files in a folder and its places elsewhere, or of those at `only` these absolute
+    paths and URLs; those that are known and were not written since keep their digest."""
+    there = walk(folder, elsewhere)
+    paths = sorted(there)
     if only is not None:
-        paths = [path for path in paths if locate(folder.absolute(), path, places) in only]
+        paths = [path for path in paths if locate(folder.absolute(), path, elsewhere) in only]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        entries = pool.map(lambda path: entry(locate(folder, path, places), known.get(path)), paths)
-        return Manifest(dict(zip(paths, entries, strict=True)), places)
+        entries = pool.map(lambda path: entry(locate(folder, path, elsewhere), there[path], known.get(path)), paths)
+        return Manifest(dict(zip(paths, entries, strict=True)), elsewhere)
 
 
-def walk(folder: Path, places: dict[str, str]) -> dict[str, int]:
-    """All finished files with their length in bytes."""
-    found = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    for name, place in places.items():
-        fs, root = fsspec.core.url_to_fs(place)
-        files = fs.find(root, detail=True).items()
-        found |= {f"{name}/{file[len(root) :].lstrip('/')}": int(about["size"]) for file, about in files}
-    return {path: n_bytes for path, n_bytes in found.items() if is_finished(path)}
+def walk(folder: Path, elsewhere: dict[str, str]) -> dict[str, Written]:
+    """All finished files in a folder and in its places elsewhere."""
+    found = dict(files_here(folder, ""))
+    for name, place in elsewhere.items():
+        found |= files_behind(place, f"{name}/") if "://" in place else files_here(Path(place), f"{name}/")
+    return found
+
+
+def files_here(folder: Path, below: str) -> Iterator[tuple[str, Written]]:
+    """The finished files in a folder."""
+    for path in folder.rglob("*"):
+        name = below + path.relative_to(folder).as_posix()
+        if is_finished(name) and path.is_file():
+            yield name, look(str(path))
+
+
+def files_behind(url: str, below: str) -> Iterator[tuple[str, Written]]:
+    """The finished files behind a URL, by their listing alone."""
+    fs, root = fsspec.core.url_to_fs(url)
+    with places.reaching(url):
+        files = fs.find(root, detail=True)
+    for file, info in files.items():
+        name = below + file[len(root) :].lstrip("/")
+        if is_finished(name) and not places.is_marker(file):
+            yield name, Written(int(info["size"]), places.version(info))
 
 
 def is_finished(path: str) -> bool:
@@ -83,30 +113,23 @@ def locate(folder: Path, path: str, places: dict[str, str]) -> str:
     return str(folder / path) if place is None else places[place].rstrip("/") + path[len(place) :]
 
 
-def entry(where: str, known: Entry | None = None) -> Entry:
+def entry(where: str, now: Written, known: Entry | None) -> Entry:
     """A file as it is now; one that was not written since it became known is not read."""
-    n_bytes, now = look(where)
-    if known is not None and (known.bytes, known.version) == (n_bytes, now):
+    if known is not None and (known.bytes, known.version) == now:
         return known
-    return Entry(n_bytes, UPLOADED.get(where) or sha256(where), now)
+    if "://" in where:
+        return Entry(now.bytes, storage.UPLOADED.get(where, ""), now.version)
+    return Entry(now.bytes, storage.sha256(where), now.version)
 
 
-def look(where: str) -> tuple[int, str]:
-    """Length of a file, and what tells this writing of it from the next."""
+def look(where: str) -> Written:
+    """What tells this writing of a file from the next."""
     if "://" not in where:
         found = Path(where).stat()
-        return found.st_size, str(found.st_mtime_ns)
+        return Written(found.st_size, str(found.st_mtime_ns))
     fs, path = fsspec.core.url_to_fs(where)
-    return int(fs.info(path)["size"]), str(fs.ukey(path))[:32]
-
-
-def sha256(where: str) -> str:
-    """The digest of a file, read a block at a time."""
-    digest, block = hashlib.sha256(), bytearray(BLOCK)
-    with Path(where).open("rb", buffering=0) if "://" not in where else fsspec.open(where, "rb") as file:
-        while n := file.readinto(block):
-            digest.update(memoryview(block)[:n])
-    return digest.hexdigest()
+    info = fs.info(path)
+    return Written(int(info["size"]), places.version(info))
 
 
 # -- on disk ----------------------------------------------------------------------------------------------------------
@@ -128,20 +151,17 @@ def render(manifest: Manifest) -> str:
 def read(path: Path) -> Manifest | None:
     """A manifest; None if there is none. One that is damaged or of another form is refused."""
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = path.read_bytes()
     except FileNotFoundError:
         return None
-    except UnicodeDecodeError:
-        raise damaged(path) from None
-    begin, _, end = text.rpartition(', "sha256": ')
-    if end != f'"{hashlib.sha256(begin.encode()).hexdigest()}"}}\n':
-        raise damaged(path)
-    return parse(path, json.loads(text))
+    begin, _, end = raw.rpartition(b', "sha256": ')
+    if end != f'"{hashlib.sha256(begin).hexdigest()}"}}\n'.encode():
+        raise Damaged(f"{path} is damaged; remove it and the result beside it, then run the stage again")
+    return parse(path, json.loads(raw))
 
 
-def damaged(path: Path) -> UserError:
-    """What to say of a manifest that cannot be trusted."""
-    return UserError(f"{path} is damaged; remove it and run the stage again")
+class Damaged(UserError):
+    """A manifest that cannot be trusted."""
 
 
 def parse(path: Path, said: dict[str, Any]) -> Manifest:
@@ -182,13 +202,10 @@ def begin(folder: Path) -> None:
 
 def as_they_are(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Entry]]:
     """The files that are still there, as last written now: copying a finished run is no writing."""
+    there = walk(folder, manifest.places)
     for path, each in manifest.files.items():
-        try:
-            n_bytes, now = look(locate(folder, path, manifest.places))
-        except OSError:
-            continue
-        if n_bytes == each.bytes:
-            yield path, each._replace(version=now)
+        if path in there and there[path].bytes == each.bytes:
+            yield path, each._replace(version=there[path].version)
 
 
 def known(folder: Path) -> dict[str, Entry]:
@@ -199,8 +216,29 @@ def known(folder: Path) -> dict[str, Entry]:
     return found
 
 
-def lost(folder: Path, manifest: Manifest) -> list[str]:
-    """Files that are gone or have another length than they were made with."""
+# -- what is not as it was made ---------------------------------------------------------------------------------------
+
+
+def lost(folder: Path, manifest: Manifest) -> dict[str, int | None]:
+    """Files that are gone (None), or their bytes where these are not as many as were made."""
     there = walk(folder, manifest.places)
-    changed = [path for path, each in manifest.files.items() if there.get(path) != each.bytes]
-    return [path for path in changed if path not in there or not path.endswith(EDITABLE)]
+    bytes_now = {path: there[path].bytes if path in there else None for path in manifest.files}
+    other = {path: n_bytes for path, n_bytes in bytes_now.items() if n_bytes != manifest.files[path].bytes}
+    return {path: n_bytes for path, n_bytes in other.items() if n_bytes is None or not path.endswith(EDITABLE)}
+
+
+def is_cut_off(where: str) -> bool:
+    """Whether a parquet file here has no end: nobody means that."""
+    if "://" in where or not where.endswith(".parquet"):
+        return False
+    with Path(where).open("rb") as file:
+        file.seek(-min(4, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        return file.read() != b"PAR1"
+
+
+def remove(folder: Path, path: str) -> None:
+    """Remove a file, so that its stage finds it missing; with it what is of no use without it."""
+    for inside in PurePosixPath(path).parents:
+        if inside.name == TOGETHER:
+            shutil.rmtree(folder / inside, ignore_errors=True)
+    (folder / path).unlink(missing_ok=True)

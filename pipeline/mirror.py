@@ -10,11 +10,11 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import permutations
 from pathlib import Path, PurePosixPath
 from threading import Event, Thread
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from upath import UPath
 
@@ -31,7 +31,7 @@ APART = {"score/scored", "score/embeddings", "filter/kept", "filter/dropped", "f
 PASSING = ("checkpoints", "wandb")
 """Names of folders that are not copied: only this machine can go on with them."""
 UNFINISHED = ("-wal", "-shm", "-journal", ".tmp", ".lock")
-GROWING = (".jsonl", ".log")
+GROWING = (".sqlite", ".jsonl", ".log")
 """Endings of files that are written to at any time, and so are copied before they are sent."""
 SHARE_OF_TIME = 0.1
 """Of the time of a run, at most this much is spent on pushing."""
@@ -219,29 +219,61 @@ def push(mirror: Mirror) -> None:
     with busy(mirror) as known:
         marks = {name: at for name, at in versions(mirror.folder).items() if is_mark(name)}
         ours = versions(mirror.folder)  # after the marks: all that they vouch for is among it
-        changed = [name for name, at in ours.items() if known.get(name, NEVER).here != at]
-        for name in (each for each in changed if not is_mark(each)):
-            send(mirror, name, ours[name], known)
-        for name in known.keys() - ours.keys():
-            remove(mirror, name, known)
-        for name in (each for each in changed if marks.get(each) == ours[each]):
-            send(mirror, name, ours[name], known)
+        changed = {name: at for name, at in ours.items() if known.get(name, NEVER).here != at}
+        growing = [name for name in changed if is_growing(name)]
+        written = [name for name in changed if not is_growing(name) and not is_mark(name)]
+        for some in (written, *([name] for name in growing)):  # each needs room for a copy
+            send(mirror, {name: changed[name] for name in some}, known)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(lambda name: remove(mirror, name, known), known.keys() - ours.keys()))
+        send(mirror, {name: at for name, at in changed.items() if marks.get(name) == at}, known)
 
 
-def send(mirror: Mirror, name: str, at: str, known: State) -> None:
-    """Send one file, unless it has changed there too."""
-    with suppress(FileNotFoundError), frozen(mirror.folder / name) as file:
-        before, sha256 = known.get(name, NEVER), storage.sha256(file)
-        if sha256 == before.sha256 and before.there is not None:
-            known[name] = before._replace(here=at)
-            return
-        now = version_there(mirror, name)
-        if now not in (None, before.there) and not is_log(name):
-            check_alike(mirror, name, now, known, sha256)
-        known[name] = before._replace(putting=sha256)
-        write_state(mirror, known)
-        storage.put(file, mirror.place / name)
-        known[name] = Known(at, version_there(mirror, name), sha256)
+def send(mirror: Mirror, some: Versions, known: State) -> None:
+    """Send files, unless they have changed there too; what is about to be put is written down first."""
+    with ExitStack() as copies, ThreadPoolExecutor(AT_ONCE) as pool:
+        files: dict[str, Path] = {}
+        for name in some:
+            with suppress(FileNotFoundError):
+                files[name] = copies.enter_context(frozen(mirror.folder / name))
+        made = {name: sha256 for name, sha256 in zip(files, pool.map(digest, files.values()), strict=True) if sha256}
+        list(pool.map(lambda name: check_unchanged(mirror, name, known, made[name]), made))
+        for name, sha256 in made.items():
+            before = known.get(name, NEVER)
+            is_there = is_alike(before, sha256)
+            known[name] = before._replace(here=some[name]) if is_there else before._replace(putting=sha256)
+        wanted = [name for name in made if not is_alike(known[name], made[name])]
+        if wanted:
+            write_state(mirror, known)
+
+        def one(name: str) -> None:
+            with suppress(FileNotFoundError):
+                storage.put(files[name], mirror.place / name)
+                known[name] = Known(some[name], version_there(mirror, name), made[name])
+
+        list(pool.map(one, wanted))
+
+
+def digest(file: Path) -> str | None:
+    """The SHA-256 of a file; None where a stage has just removed it."""
+    with suppress(FileNotFoundError):
+        return storage.sha256(file)
+    return None
+
+
+def is_alike(known: Known, sha256: str) -> bool:
+    """Whether a file with this digest is there already."""
+    return known.there is not None and known.sha256 == sha256
+
+
+def check_unchanged(mirror: Mirror, name: str, known: State, sha256: str) -> None:
+    """Refuse to send a file with this digest where another has been put since."""
+    before = known.get(name, NEVER)
+    if is_alike(before, sha256) or is_log(name):
+        return
+    now = version_there(mirror, name)
+    if now not in (None, before.there):
+        check_alike(mirror, name, now, known, sha256)
 
 
 def remove(mirror: Mirror, name: str, known: State) -> None:
@@ -271,7 +303,7 @@ def check_alike(mirror: Mirror, name: str, now: str | None, known: State, sha256
 @contextmanager
 def frozen(path: Path) -> Iterator[Path]:
     """A file as it is now, though it is written to: of a database a consistent copy."""
-    if not path.name.endswith((".sqlite", *GROWING)):
+    if not is_growing(path.name):
         yield path
         return
     copy = path.with_name(f".{path.name}.mirror.tmp")
@@ -293,6 +325,8 @@ def back_up(path: Path, copy: Path) -> None:
         ):
             whole.backup(into)
     except sqlite3.DatabaseError as error:
+        if not path.exists():
+            raise FileNotFoundError(path) from None
         raise UserError(f"{path} cannot be copied ({error}); move it away and run again") from None
 
 
@@ -306,6 +340,11 @@ def is_mark(name: str) -> bool:
     """Whether a file says that others are finished."""
     path = PurePosixPath(name)
     return path.name in ("result.json", "manifest.json") or (path.parent.name == "parts" and path.suffix == ".json")
+
+
+def is_growing(name: str) -> bool:
+    """Whether a file is written to at any time."""
+    return name.endswith(GROWING)
 
 
 def is_log(name: str) -> bool:
@@ -342,27 +381,25 @@ def version(path: Path) -> str:
 def there(mirror: Mirror, below: str = "") -> Versions:
     """The files of the copy."""
     found: Versions = {}
+    folder = f"{mirror.place.path}/{below}".rstrip("/")
     with places.reaching(mirror.place), suppress(FileNotFoundError):
-        for info in mirror.place.fs.ls(f"{mirror.place.path}/{below}".rstrip("/"), detail=True):
-            name = below + info["name"].rstrip("/").rpartition("/")[2]
-            if is_copied(name) and info["type"] == "directory":
+        for info in mirror.place.fs.ls(folder, detail=True):
+            path = info["name"].rstrip("/")
+            name = below + path.rpartition("/")[2]
+            if path == folder or not is_copied(name):  # a marker of the folder, or a file in its stead
+                continue
+            if info["type"] == "directory":
                 found |= there(mirror, f"{name}/")
-            elif is_copied(name):
-                found[name] = version_of(info)
+            else:
+                found[name] = places.version(info)
     return found
 
 
 def version_there(mirror: Mirror, name: str) -> str | None:
     """What changes when a file of the copy is written again; None if there is none."""
     with places.reaching(mirror.place), suppress(FileNotFoundError):
-        return version_of(mirror.place.fs.info(f"{mirror.place.path}/{name}"))
+        return places.version(mirror.place.fs.info(f"{mirror.place.path}/{name}"))
     return None
-
-
-def version_of(info: dict[str, Any]) -> str:
-    """What a store says of a file that changes with its content, or at least with each writing."""
-    tags = ("ETag", "etag", "md5Hash", "oid", "blob_id", "created", "mtime", "LastModified")
-    return f"{info['size']} {next((info[tag] for tag in tags if info.get(tag)), '')}"
 
 
 @contextmanager

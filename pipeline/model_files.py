@@ -1,4 +1,4 @@
-"""Models as data: weights in safetensors or GGUF, no pickles, and no code of their own."""
+"""Models as data: weights in safetensors or GGUF, no pickles, and no code of their own unless that is asked for."""
 
 import json
 import re
@@ -11,9 +11,12 @@ from pipeline.errors import UserError
 
 PICKLED = re.compile(r"(pytorch_model|adapter_model)[^/]*\.bin|[^/]+\.(pt|pth|ckpt|pkl|pickle|joblib)")
 """Files of weights that are, or may be, pickles: programs that run when they are read."""
-OWN_CODE = re.compile(r"custom code|third-party code|Unsupported global|Weights only load")
+UNPICKLING = re.compile(r"Unsupported global|Weights only load")
+OWN_CODE = re.compile(r"custom code|third-party code")
 """What the libraries say of a model that is more than data."""
 
+TRUSTING = ("encoder", "teacher")
+"""Sections with a setting trust_remote_code."""
 NO_CODE = {"trust_remote_code": False}
 """For from_pretrained: the default would ask on the terminal."""
 
@@ -60,9 +63,18 @@ def module_names(root: Path) -> list[str]:
     return [str(each.get("path", "")) for each in said if isinstance(each, dict)] if isinstance(said, list) else []
 
 
-def reason(error: Exception) -> str:
-    """Why a library did not load a model, in a few words."""
-    said = " ".join(str(error).split())
-    if isinstance(error, UnpicklingError) or OWN_CODE.search(said):
-        return "it comes with code of its own, or pickles, which are never run here; take a model without"
+def reason(error: Exception, setting: str) -> str:
+    """Why a library did not load the model of a setting, in a few words."""
+    said, section = " ".join(str(error).split()), setting.partition(".")[0]
+    if isinstance(error, UnpicklingError) or UNPICKLING.search(said):
+        return "it comes with pickles, which can run code and are never read; take a model without"
+    if OWN_CODE.search(said):
+        trust = f"read it, pin {section}.revision, and set {section}.trust_remote_code"
+        way_out = trust if section in TRUSTING else "take a model without"
+        return f"it comes with code of its own, which is not run unasked; {way_out}"
     return said[:200]
+
+
+def has_own_code(model: Any) -> bool:
+    """Whether a model's class came with it; its configuration may bear the name of an architecture that we know."""
+    return type(model).__module__.startswith("transformers_modules.")

@@ -46,23 +46,23 @@ def locate_in_package(name: str, setting: str) -> str:
     return str(path)
 
 
-def files_of(name: str, setting: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+def files_of(name: str, setting: str, revision: str | None = None, trust: bool = False) -> tuple[str, dict[str, Any]]:
     """What from_pretrained is given for a Hub name, folder or .gguf file: where it is, and options."""
     where = locate(name, setting)
     if where.endswith(".gguf"):
         needs("gguf", "demo")
         return str(Path(where).parent), {"gguf_file": Path(where).name, **model_files.NO_CODE}
-    return where, {**({"revision": revision} if revision else {}), **model_files.NO_CODE}
+    return where, {**({"revision": revision} if revision else {}), "trust_remote_code": trust}
 
 
 @functools.lru_cache(maxsize=2)
-def load_tokenizer(name: str, setting: str, revision: str | None = None) -> Any:
+def load_tokenizer(name: str, setting: str, revision: str | None = None, trust: bool = False) -> Any:
     """The tokenizer of a Hub name, folder or .gguf file."""
-    transformers, (where, options) = needs("transformers", "torch"), files_of(name, setting, revision)
+    transformers, (where, options) = needs("transformers", "torch"), files_of(name, setting, revision, trust)
     try:
         return transformers.AutoTokenizer.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{setting}: no tokenizer of {name} ({model_files.reason(error)})") from None
+        raise UserError(f"{setting}: no tokenizer of {name} ({model_files.reason(error, setting)})") from None
 
 
 def pick_device(device: str | None) -> str:

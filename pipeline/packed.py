@@ -8,6 +8,7 @@ import numpy as np
 from pipeline import attention, models
 from pipeline.attention import Attention
 from pipeline.errors import needs
+from pipeline.model_files import has_own_code
 from pipeline.tokens import Ids
 
 FAMILIES = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
@@ -216,6 +217,8 @@ def why_not(model: Any, dtype: Any) -> str | None:
     """Why sentence-transformers modules cannot run over packs in a precision; None if they can."""
     torch, auto = needs("torch", "torch"), model[0].auto_model
     config, device = auto.config, model.device
+    if has_own_code(auto):
+        return "it comes with code of its own"
     if config.model_type not in FAMILIES:
         return f"{config.model_type} is another architecture than {', '.join(FAMILIES)}"
     odd = config.model_type == "electra" and config.embedding_size != config.hidden_size

@@ -146,6 +146,7 @@ def check_comparable(asked: Sequence[Prompt]) -> None:
 
 MODEL_BOUND = {
     "revision",
+    "trust_remote_code",
     "tokenizer",
     "quantization",
     "max_model_len",

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from upath import UPath
 
@@ -35,7 +35,7 @@ def of(path: Path | str, setting: str) -> Place:
 
 
 @contextmanager
-def reaching(place: Place) -> Iterator[None]:
+def reaching(place: Place | str) -> Iterator[None]:
     """Turn what a store that does not answer raises into one line."""
     try:
         yield
@@ -57,7 +57,19 @@ def names(place: Place) -> set[str]:
         return {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
     with reaching(place):
         root = place.path.rstrip("/")
-        return {file[len(root) + 1 :] for file in place.fs.find(root) if file != root}
+        files = [file for file in place.fs.find(root) if file != root and not is_marker(file)]
+        return {file[len(root) + 1 :] for file in files}
+
+
+def is_marker(file: str) -> bool:
+    """Whether a file is the empty one by which a store's console remembers a folder."""
+    return file.endswith("/")
+
+
+def version(info: dict[str, Any]) -> str:
+    """What a store says of a file that changes with its content, or at least with each writing."""
+    tags = ("ETag", "md5Hash", "etag", "oid", "blob_id", "created", "mtime", "LastModified")
+    return f"{info['size']} {next((info[tag] for tag in tags if info.get(tag)), '')}"
 
 
 def lies_in(inside: Place | str, place: Place | str) -> bool:

@@ -99,7 +99,8 @@ def counter(prompt: Prompt, teacher: Teacher) -> Count:
             len(around.encode()) // BYTES_PER_TOKEN
             + min(len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN, teacher.document_tokens)
         )
-    layout = Layout(load_tokenizer(name, "teacher.model", teacher.revision), prompt, teacher, teacher.max_model_len)
+    tokenizer = load_tokenizer(name, "teacher.model", teacher.revision, teacher.trust_remote_code)
+    layout = Layout(tokenizer, prompt, teacher, teacher.max_model_len)
     return lambda text: len(layout.whole(layout.row(Question("", text))))
 
 

@@ -5,7 +5,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline import (
     benchmarks,
     contrast,
     language_model,
+    locks,
     perplexity,
     proof,
     prove_picture,
@@ -42,6 +44,8 @@ OURS = ("max_steps", "num_train_epochs", "packing", "packing_strategy")
 """Arguments that the budget of tokens sets."""
 N_POINTS, CURVE_BLOCKS = 6, 48
 """Points of a learning curve, and blocks of the trusted texts that each is measured on."""
+IN_USE = ".in-use.lock"
+"""Held by all that train."""
 WATCHED = "trusted.parquet"
 """Blocks of the trusted texts, for the learning curves."""
 PREDICTED, JUDGED = "predicted.parquet", "judged.json"
@@ -77,23 +81,42 @@ class ProveResult(Result):
     """The first comparison's."""
 
 
-def run(recipe: Recipe, redo: bool = False) -> ProveResult:
-    """Draw, train and judge; a training that is done is not done again."""
+class PartResult(Result):
+    """What one part of the trainings came to."""
+
+    part: str
+    """i/n."""
+    n_trainings: int
+    n_trained: int
+    """Those done this time."""
+
+
+def run(recipe: Recipe, redo: bool = False) -> ProveResult | PartResult:
+    """Draw, train and judge, or train a part of it; a training that is done is not done again."""
     check(recipe)
     with stage("prove", recipe, inputs(recipe)) as work:
-        done = work.finished(ProveResult, redo, True, start=False)
+        done = finished(work, redo)
         if done:
             return done
-        begin(work, redo)
-        made = proof.prepare(recipe, work.folder)
-        write_blocks(work.folder / WATCHED, curve_blocks(made))
-        train_all(work, made)
-        result = summarise(recipe, work, made)
+        with prepared(work, redo) as made:
+            own = spread.part(made.trainings, recipe.shard)
+            n_trained = train_all(work, made, own)
+            if recipe.shard:
+                part = PartResult(seconds=work.seconds, part=recipe.shard, n_trainings=len(own), n_trained=n_trained)
+                return work.finish(part)
+            result = summarise(recipe, work, made)
         try:
             prove_picture.draw(work.folder / "prove.png", result.model_dump())
         except UserError as error:
             log.warning("prove: there is no picture: %s", error)
         return work.finish(result)
+
+
+def finished(work: Stage, redo: bool) -> ProveResult | PartResult | None:
+    """The result of the whole, or of this part, if it is there."""
+    if work.recipe.shard and not (work.folder / "result.json").exists():
+        return work.finished(PartResult, redo, True, start=False)
+    return work.finished(ProveResult, redo, True, start=False)
 
 
 def check(recipe: Recipe) -> None:
@@ -125,32 +148,52 @@ def inputs(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def prepared(work: Stage, redo: bool) -> Iterator[Proof]:
+    """All trainings, which nobody begins anew while they are in use; parts come to it one after another."""
+    with ExitStack() as use:
+        with locks.held(work.folder / ".prepared.lock", "", wait=True):
+            begin(work, redo)
+            made = proof.prepare(work.recipe, work.folder)
+            write_blocks(work.folder / WATCHED, curve_blocks(made))
+            use.enter_context(locks.held(work.folder / IN_USE, "", shared=True, wait=True))
+        yield made
+
+
 def begin(work: Stage, redo: bool) -> None:
     """Go on with the trainings there are, if they were made from the same; with redo, from nothing else."""
     made = [work.folder / name for name in ("trainings", "scratch")]
     if not redo and any(path.exists() for path in made):
         work.refuse_changes()
     if read_json(work.folder / "inputs.json") != work.inputs:
-        for path in made:
-            shutil.rmtree(path, ignore_errors=True)
+        refusal = f"prove: parts with other settings are at work in {work.folder}; wait for them or stop them"
+        with locks.held(work.folder / IN_USE, refusal):
+            for path in made:
+                shutil.rmtree(path, ignore_errors=True)
     work.start()
 
 
 # -- trainings --------------------------------------------------------------------------------------------------------
 
 
-def train_all(work: Stage, made: Proof) -> None:
-    """Do the trainings that are not done, here one after another or in the actors of a cluster."""
-    todo = [each for each in made.trainings if not (each.folder / PREDICTED).exists()]
-    n_done = len(made.trainings) - len(todo)
-    with progress("prove", len(made.trainings), unit="trainings", already=n_done) as step:
+def train_all(work: Stage, made: Proof, own: list[Training]) -> int:
+    """Do the trainings that are not done, here one after another or in the actors of a cluster; how many."""
+    todo = [each for each in own if not (each.folder / PREDICTED).exists()]
+    with progress("prove", len(own), unit="trainings", already=len(own) - len(todo)) as step:
         for _ in spread.over(work.recipe, partial(learner, work, made), todo):
             step(1)
+    return len(todo)
 
 
 def learner(work: Stage, made: Proof) -> Callable[[Training], None]:
-    """Does one training after another."""
-    return partial(learn, work, made)
+    """Does one training after another, as long as no other process has begun or done it."""
+
+    def one(each: Training) -> None:
+        with locks.written_by_one(each.folder, "training"):
+            if not (each.folder / PREDICTED).exists():
+                learn(work, made, each)
+
+    return one
 
 
 def learn(work: Stage, made: Proof, each: Training) -> None:

@@ -137,7 +137,9 @@ def settings(recipe: Recipe) -> Recipe:
             except SettingsError as error:
                 log.info("report: %s", error)
                 continue
-            return made.model_copy(update={"run_folder": recipe.run_folder, "report": recipe.report})
+            trust = {"trust_remote_code": recipe.encoder.trust_remote_code}
+            own = {"run_folder": recipe.run_folder, "report": recipe.report}
+            return made.model_copy(update={**own, "encoder": made.encoder.model_copy(update=trust)})
     return recipe
 
 

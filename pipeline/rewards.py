@@ -104,7 +104,7 @@ def load_classifier(where: str, setting: str, revision: str | None = None, **opt
             path, **model_files.of_weights(given), dtype="float32", **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = model_files.reason(error)
+        reason = model_files.reason(error, setting)
         raise UserError(f"{setting}: {where} cannot be loaded as a classifier ({reason})") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -164,7 +164,8 @@ def sweep(folder: Path, found: list[Shard], recipe: Recipe) -> None:
 def check_ours(place: Place, names: set[str], recipe: Recipe) -> None:
     """Refuse a folder that the user named and that holds more than scored shards."""
     others = sorted(places.names(place) - names) if recipe.score.output else []
-    foreign = next((name for name in others if FINGERPRINT not in notes_of(place / name)), None)
+    finished = (name for name in others if not storage.is_unfinished(name))
+    foreign = next((name for name in finished if FINGERPRINT not in notes_of(place / name)), None)
     if foreign is not None:
         raise UserError(f"score.output: {place} holds {foreign}, which is no scored shard; give an empty folder")
 

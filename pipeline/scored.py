@@ -2,6 +2,8 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from pipeline.engines.completions import BYTES_PER_TOKEN
 from pipeline.errors import UserError
 from pipeline.formats import check_column, dotted, schema_tree
 from pipeline.places import Place
-from pipeline.shards import Counts, Shard, find_shards, opened, reading, with_documents
+from pipeline.shards import AT_ONCE, Counts, Shard, find_shards, opened, reading, with_documents
 from pipeline.tracking import corpus_of, read_json
 
 log = logging.getLogger("gristmill")
@@ -34,18 +36,26 @@ def locate(recipe: Recipe, stage: str) -> tuple[config.Corpus, list[Shard]]:
     found = config.Corpus(path=str(place), text_column=recipe.corpus.text_column, id_column=recipe.corpus.id_column)
     shards = find_shards(found)
     check_complete(recipe, shards, stage)
-    for shard in shards:
-        for name in ("score", "int_score"):
-            check_column(corpus.read_schema(shard, found), name, shard)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        shards = list(pool.map(partial(with_scores, found), shards))
     if stage != "filter" and cascade_of(shards):
         log.warning("%s: a cascade ruled documents out; all figures are of those that it let pass", stage)
-    return found, [with_documents(shard) for shard in shards]
+    return found, shards
+
+
+def with_scores(found: config.Corpus, shard: Shard) -> Shard:
+    """A shard that holds scores, with its documents where it holds nothing else."""
+    schema = corpus.read_schema(shard, found)
+    for name in ("score", "int_score"):
+        check_column(schema, name, shard)
+    return with_documents(shard)
 
 
 def cascade_of(shards: list[Shard]) -> dict[str, Any] | None:
     """What the cascade looked for that documents were scored behind, if there was one."""
-    parquet = (shard for shard in shards if shard.format in ("parquet", "sidecar"))
-    return next((json.loads(note[CASCADE]) for note in map(notes_of, parquet) if CASCADE in note), None)
+    parquet = [shard for shard in shards if shard.format in ("parquet", "sidecar")]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return next((json.loads(note[CASCADE]) for note in pool.map(notes_of, parquet) if CASCADE in note), None)
 
 
 def notes_of(shard: Shard) -> dict[bytes, bytes]:

@@ -339,7 +339,8 @@ def out_of_reach(where: Any, why: str) -> UserError:
 
 def from_outside(error: Exception) -> bool:
     """Whether files or the network are to blame: everything else is a bug and keeps its traceback."""
-    return isinstance(error, pa.ArrowException | OSError | UnicodeDecodeError) or package_of(error) in REMOTE
+    kinds = pa.ArrowException | OSError | UnicodeDecodeError | MemoryError  # a damaged length asks for all memory
+    return isinstance(error, kinds) or package_of(error) in REMOTE
 
 
 def package_of(error: Exception) -> str:

@@ -12,10 +12,12 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
@@ -23,7 +25,7 @@ from upath import UPath
 from pipeline import places
 from pipeline.errors import UserError
 from pipeline.places import Place
-from pipeline.shards import first_line, from_outside
+from pipeline.shards import AT_ONCE, first_line, from_outside
 
 log = logging.getLogger("gristmill")
 
@@ -31,8 +33,6 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_ENTRY = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 WRITTEN: set[Path] = set()
 """Files that this process has put in their places, which the manifest of its part of the work lists."""
-
-
 UPLOADED: dict[str, str] = {}
 """SHA-256 of what this process has put to URLs, so that no manifest has to read it again."""
 
@@ -76,13 +76,13 @@ def temporary_file() -> Iterator[Path]:
             yield Path(named.name)
 
 
-BLOCK = 1 << 20
 PAUSES_S = (1, 5)
 """Seconds before a failed upload is tried again, beside the tries of the store's own client."""
 
 
 def put(file: Path, place: UPath, pauses_s: Sequence[float] = PAUSES_S) -> None:
     """Upload a file, in one request or in parts that are put together at the end: nobody sees half of it."""
+    digest = sha256(file)
     for pause_s in (*pauses_s, None):
         try:
             place.fs.put_file(str(file), place.path)
@@ -90,6 +90,8 @@ def put(file: Path, place: UPath, pauses_s: Sequence[float] = PAUSES_S) -> None:
         except Exception as error:
             if not from_outside(error):
                 raise
+            if not file.exists():  # a stage has just removed it
+                raise FileNotFoundError(file) from None
             if pause_s is None or isinstance(error, FileNotFoundError | PermissionError):
                 raise UserError(
                     f"cannot write {place} ({first_line(error)}); check bucket, network and credentials, then run the"
@@ -97,15 +99,15 @@ def put(file: Path, place: UPath, pauses_s: Sequence[float] = PAUSES_S) -> None:
                 ) from None
         log.info("%s: the store does not answer, trying again in %g s", place, pause_s)
         time.sleep(pause_s)
-    UPLOADED[str(place)] = sha256(file)
+    UPLOADED[str(place)] = digest
 
 
-def sha256(file: Path) -> str:
-    """The digest of a file, read a block at a time."""
-    digest = hashlib.sha256()
-    with file.open("rb") as blocks:
-        while block := blocks.read(BLOCK):
-            digest.update(block)
+def sha256(where: Path | str) -> str:
+    """The digest of a file or of what is behind a URL, read a block at a time."""
+    digest, block = hashlib.sha256(), bytearray(1 << 20)
+    with fsspec.open(where, "rb") if "://" in str(where) else Path(where).open("rb", buffering=0) as file:
+        while n := file.readinto(block):
+            digest.update(memoryview(block)[:n])
     return digest.hexdigest()
 
 
@@ -238,16 +240,21 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         return file.read(columns)
 
 
+def is_unfinished(name: str) -> bool:
+    """Whether a name is that of a file that is being written, or of its lock."""
+    last = name.rpartition("/")[2]
+    return last.startswith(".") and last.endswith((".tmp", ".lock"))
+
+
 def sweep(folder: Place, keep: set[str] | None = None) -> None:
     """Remove what killed writers left and, if given, every shard that is not to be kept."""
     if not isinstance(folder, Path):
-        others = [] if keep is None else sorted(places.names(folder) - keep)
-        with places.reaching(folder):
-            for name in others:
-                folder.fs.rm_file(f"{folder.path}/{name}")
+        others = set[str]() if keep is None else places.names(folder) - keep
+        with places.reaching(folder), ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(folder.fs.rm_file, (f"{folder.path}/{name}" for name in others)))
         return
     for path in folder.rglob("*"):
-        stale = path.name.startswith(".") and path.name.endswith((".tmp", ".lock"))
+        stale = is_unfinished(path.name)
         foreign = keep is not None and path.relative_to(folder).as_posix() not in keep
         if path.is_file() and (stale or foreign):
             path.unlink(missing_ok=True)

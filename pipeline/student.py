@@ -256,4 +256,5 @@ def as_asked(own: config.Encoder, asked: config.Encoder | None) -> config.Encode
         if getattr(asked, name) not in (None, getattr(own, name)):
             log.warning("encoder.%s: the student keeps its own, %r", name, getattr(own, name))
     how = {name: getattr(asked, name) for name in given & {"device", "dtype", "engine", "workers", "batch_tokens"}}
-    return own.model_copy(update=how)
+    trusted = asked is not None and asked.trust_remote_code  # whatever the folder says
+    return own.model_copy(update={**how, "trust_remote_code": trusted})

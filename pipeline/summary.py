@@ -147,9 +147,12 @@ def tell_rate(result: Values) -> str:
 
 
 def tell_part(result: Values) -> str:
-    """One part of the asking, in a line or two."""
-    told = f"part {result['part']}: asked {result['n_asked']:,}, reused {result['n_reused']:,} answers"
-    lines = [f"{told}; {result['n_failed']:,} requests failed", *stopped(result)]
+    """One part of the asking or of the trainings, in a line or two."""
+    if "n_trainings" in result:
+        lines = [f"part {result['part']}: {result['n_trainings']} trainings, {result['n_trained']} of them done now"]
+    else:
+        told = f"part {result['part']}: asked {result['n_asked']:,}, reused {result['n_reused']:,} answers"
+        lines = [f"{told}; {result['n_failed']:,} requests failed", *stopped(result)]
     return "\n".join([*lines, "when all parts are done, the same command without --shard puts them together"])
 
 

@@ -48,7 +48,7 @@ MADE_FROM = {
     "rl": ("align", "rl"),
 }
 """Sections of the recipe that a stage is made from."""
-IN_PARTS = ("rate", "label", "score", "audit", "filter")
+IN_PARTS = ("rate", "label", "score", "audit", "filter", "prove")
 """Stages that several processes can do together, each a part."""
 
 BY_SHARD = ("rate", "label", "score", "filter")
@@ -78,7 +78,7 @@ class Stage:
         if made and not redo and not self.is_only_more():
             self.refuse_changes()
         more_to_ask = done is not None and (done.get("n_not_asked") or (redo and done.get("n_failed")))
-        is_lost = done is not None and self.is_lost()
+        is_lost = done is not None and self.is_lost(redo)
         if done is not None and there and before == self.inputs and not more_to_ask and not is_lost:
             log.info("%s: done already, skipped", self.name)
             return self.read_result(kind, done)
@@ -86,16 +86,23 @@ class Stage:
             self.start()
         return None
 
-    def is_lost(self) -> bool:
-        """Whether something that this stage made is gone or cut off, as far as lengths tell; what is left of it goes
-        too, so that the stage finds it missing."""
+    def is_lost(self, redo: bool) -> bool:
+        """Whether something that this stage made is gone, or was cut off and goes too. What has another length and is
+        whole was changed by somebody: refused, unless all is made anew."""
         made = manifest.read(self.part.with_name(f"manifest{spread.name(self.recipe.shard)}.json"))
-        made = made or manifest.read(self.folder / manifest.FILE)
-        lost = manifest.lost(self.folder, made) if made else []
+        made = made or manifest.read(self.folder / manifest.FILE) or manifest.EMPTY
+        lost = manifest.lost(self.folder, made)
+        for path, n_bytes in lost.items():
+            where = manifest.locate(self.folder, path, made.places)
+            if not (redo or n_bytes is None or manifest.is_cut_off(where)):
+                raise UserError(
+                    f"{self.name}: {where} has {n_bytes} bytes and was made with {made.files[path].bytes}; put it back"
+                    f" or remove it: gristmill verify {self.recipe.run_folder} --remove does, with all that is damaged"
+                )
         for path in lost:
-            (self.folder / path).unlink(missing_ok=True)
+            manifest.remove(self.folder, path)
         if lost:
-            log.warning("%s: gone or of another length, and made again: %s", self.name, listed(lost))
+            log.warning("%s: gone, cut off or changed, and made again: %s", self.name, listed(list(lost)))
         return bool(lost)
 
     def is_only_more(self) -> bool:

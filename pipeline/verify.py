@@ -12,9 +12,10 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import manifest
+from pipeline import locks, manifest, storage
 from pipeline.errors import UserError
 from pipeline.manifest import Entry, Manifest
+from pipeline.shards import first_line, from_outside
 from pipeline.storage import write_text
 from pipeline.tracking import MADE_FROM, Step, check_format, progress
 
@@ -22,6 +23,7 @@ RESULTS = ("result.json", "inputs.json")
 """Files by which a folder below the run folder is known for a stage's."""
 AT_ONCE = 4
 """Files that are read at a time."""
+MB = 1_000_000
 
 
 class Damage(NamedTuple):
@@ -30,8 +32,8 @@ class Damage(NamedTuple):
     stage: str
     path: str
     what: str
-    file: str | None
-    """Where it is, if it may be removed to be made again."""
+    is_ours: bool
+    """Whether it may be removed, to be made again."""
 
 
 def run(run_folder: Path, remove: bool = False) -> dict[str, Any]:
@@ -40,25 +42,22 @@ def run(run_folder: Path, remove: bool = False) -> dict[str, Any]:
         raise UserError(f"{run_folder} is no folder; give the run folder of a recipe")
     stages = {path.relative_to(run_folder).as_posix(): path for path in folders(run_folder)}
     found = {name: listed(folder) for name, folder in stages.items()}
-    total = sum(each.bytes for made, _ in found.values() for each in made.files.values())
-    with progress("verify", sum(len(made.files) for made, _ in found.values()), unit="files") as step:
+    files = [each for made, _ in found.values() for each in made.files.values()]
+    with progress("verify", len(files), unit="files") as step:
         damaged = [each for name, folder in stages.items() for each in damages(name, folder, *found[name], step)]
     damaged += [*bad_stores(run_folder), *bad_lines(run_folder)]
     if remove:
         remove_all(run_folder, damaged)
     return {
         "run_folder": str(run_folder),
-        "n_files": sum(len(made.files) for made, _ in found.values()),
-        "n_bytes": total,
+        "n_files": len(files),
+        "n_bytes": sum(each.bytes for each in files),
         "n_stores": len(stores(run_folder)),
         "n_unknown": sum(n_unknown(stages[name], made) for name, (made, _) in found.items()),
         "unfinished": [name for name, folder in stages.items() if not (folder / manifest.FILE).exists()],
         "damaged": [each._asdict() for each in damaged],
         "removed": remove,
     }
-
-
-MB = 1_000_000
 
 
 def folders(run_folder: Path) -> list[Path]:
@@ -69,34 +68,30 @@ def folders(run_folder: Path) -> list[Path]:
     )
 
 
-def listed(folder: Path) -> tuple[Manifest, list[Damage]]:
+def listed(folder: Path) -> tuple[Manifest, list[str]]:
     """What a stage vouches for, all of it or its finished parts; and the manifests that cannot be read."""
-    made, bad = manifest.EMPTY, list[Damage]()
+    made, bad = manifest.EMPTY, list[str]()
     whole = folder / manifest.FILE
     for path in [whole] if whole.exists() else sorted((folder / "parts").glob("manifest.*.json")):
         try:
             one = manifest.read(path) or manifest.EMPTY
-        except UserError as error:
-            if "damaged" not in str(error):
-                raise
-            bad.append(Damage(folder.name, path.name, "cannot be read", str(path)))
+        except manifest.Damaged:
+            bad.append(path.relative_to(folder).as_posix())
             continue
         made = Manifest(made.files | one.files, made.places | one.places)
     return made, bad
 
 
-def damages(name: str, folder: Path, made: Manifest, bad: list[Damage], step: Step) -> Iterator[Damage]:
-    """What is wrong with the files of one stage."""
-    yield from (each._replace(stage=name) for each in bad)
+def damages(name: str, folder: Path, made: Manifest, bad: list[str], step: Step) -> Iterator[Damage]:
+    """What is wrong with the files of one stage. What lies elsewhere, or was perhaps edited, is not ours to remove."""
     wrong = {path: what for path, what in checked(folder, made, step) if what}
     for path, what in wrong.items():
-        where = manifest.locate(folder, path, made.places)
-        inside = where == str(folder / path)
-        yield Damage(name, path, what, where if inside else None)
-    for note in RESULTS:
-        if note not in wrong and not is_json(folder / note):
-            yield Damage(name, note, "cannot be read", str(folder / note))
-    if "inputs.json" not in wrong and is_json(folder / "inputs.json"):
+        is_here = manifest.locate(folder, path, made.places) == str(folder / path)
+        yield Damage(name, path, what, is_here and not path.endswith(manifest.EDITABLE))
+    notes = {note: folder / note for note in RESULTS if note not in wrong and (folder / note).exists()}
+    broken = [note for note, path in notes.items() if not is_object(path.read_bytes())]
+    yield from (Damage(name, path, "cannot be read", True) for path in [*bad, *broken])
+    if "inputs.json" in notes.keys() - {*broken}:
         check_format(folder)
 
 
@@ -114,18 +109,26 @@ def checked(folder: Path, made: Manifest, step: Step) -> Iterator[tuple[str, str
 
 
 def difference(where: str, entry: Entry) -> str | None:
-    """What a file is now that is not what was made; None if there is nothing."""
+    """What a file is now that is not what was made; None if there is nothing. One without a digest is known by what
+    its store says of its writing, and by the checksums of its pages."""
     try:
-        now = Entry(manifest.look(where)[0], manifest.sha256(where), "")
+        now = manifest.look(where)
+        if now.bytes != entry.bytes:
+            return f"{now.bytes} bytes instead of {entry.bytes}"
+        if entry.sha256:
+            is_same = storage.sha256(where) == entry.sha256
+        else:
+            is_same = now.version == entry.version and damaged_part(where) in ("", ROWS_WHOLE)
+        return None if is_same else f"other content{damaged_part(where)}"
     except FileNotFoundError:
         return "missing"
-    except OSError as error:
-        return f"cannot be read ({error.strerror or error})"
-    if now.bytes != entry.bytes:
-        return f"{now.bytes} bytes instead of {entry.bytes}"
-    if now.sha256 == entry.sha256:
-        return None
-    return f"other content{damaged_part(where)}"
+    except Exception as error:
+        if not from_outside(error):
+            raise
+        return f"cannot be read ({getattr(error, 'strerror', None) or first_line(error)})"
+
+
+ROWS_WHOLE = ": a page header or note, all rows whole"
 
 
 def damaged_part(where: str) -> str:
@@ -138,11 +141,7 @@ def damaged_part(where: str) -> str:
         except (pa.ArrowException, OSError):
             return ": footer"
         bad = [str(i) for i in range(reader.num_row_groups) if not is_whole(reader, i)]
-    return (
-        f": row group {', '.join(bad)} of {reader.num_row_groups}"
-        if bad
-        else ": a page header or note, all rows whole"
-    )
+    return f": row group {', '.join(bad)} of {reader.num_row_groups}" if bad else ROWS_WHOLE
 
 
 def is_whole(reader: pq.ParquetFile, number: int) -> bool:
@@ -154,10 +153,10 @@ def is_whole(reader: pq.ParquetFile, number: int) -> bool:
     return True
 
 
-def is_json(path: Path) -> bool:
-    """Whether a file holds a JSON object, or is not there."""
+def is_object(raw: bytes) -> bool:
+    """Whether this is a JSON object."""
     try:
-        return not path.exists() or isinstance(json.loads(path.read_bytes()), dict)
+        return isinstance(json.loads(raw), dict)
     except ValueError:
         return False
 
@@ -180,7 +179,7 @@ def bad_stores(run_folder: Path) -> Iterator[Damage]:
     for path in stores(run_folder):
         said = quick_check(path)
         if said != "ok":
-            yield Damage("", path.relative_to(run_folder).as_posix(), said, None)
+            yield Damage("", path.relative_to(run_folder).as_posix(), said, False)
 
 
 def quick_check(path: Path) -> str:
@@ -202,16 +201,8 @@ def bad_lines(run_folder: Path) -> Iterator[Damage]:
     path = run_folder / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines, 1):
-        if line and not is_line(line):
-            yield Damage("", path.name, f"line {number} cannot be read", str(path))
-
-
-def is_line(line: bytes) -> bool:
-    """Whether a line holds a JSON object."""
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+        if line and not is_object(line):
+            yield Damage("", path.name, f"line {number} cannot be read", True)
 
 
 # -- mending ----------------------------------------------------------------------------------------------------------
@@ -220,18 +211,18 @@ def is_line(line: bytes) -> bool:
 def remove_all(run_folder: Path, damaged: list[Damage]) -> None:
     """Remove what is damaged, and what says that its stage is done. Of the metrics only lines go."""
     for each in damaged:
-        if each.file is None:
-            continue
-        if not each.stage:
-            keep_lines(Path(each.file))
-            continue
-        Path(each.file).unlink(missing_ok=True)
-        (run_folder / each.stage / "result.json").unlink(missing_ok=True)
+        folder = run_folder / each.stage
+        if each.is_ours and not each.stage:
+            keep_lines(folder / each.path)
+        elif each.is_ours:
+            with locks.held(folder / ".lock", f"verify: another process is at work in {folder}; wait for it"):
+                manifest.remove(folder, each.path)
+                (folder / "result.json").unlink(missing_ok=True)
 
 
 def keep_lines(path: Path) -> None:
     """Write a file of JSON lines again without those that cannot be read."""
-    lines = [line for line in path.read_bytes().split(b"\n") if is_line(line)]
+    lines = [line for line in path.read_bytes().split(b"\n") if is_object(line)]
     write_text(path, b"".join(line + b"\n" for line in lines).decode())
 
 
@@ -242,9 +233,10 @@ def advice(found: dict[str, Any]) -> str | None:
         return None
     name = "/".join(filter(None, [damaged[0]["stage"], damaged[0]["path"]]))
     told = f"verify: {run_folder}: {len(damaged)} damaged or missing, first {name} ({damaged[0]['what']})"
-    if not any(each["file"] for each in damaged):
-        return f"{told}; move it away by hand, as it is never removed, and run its stage again"
-    stages = in_order({each["stage"] for each in damaged if each["file"] and each["stage"]})
+    ours = [each for each in damaged if each["is_ours"]]
+    if not ours:
+        return f"{told}; it is never removed: put it back or move it away, and run its stage again"
+    stages = in_order({each["stage"] for each in ours if each["stage"]})
     then = f", then run gristmill {', '.join(stages)} again" if stages else ""
     if found["removed"]:
         return f"{told}; removed what can be made again{then}"

@@ -1,5 +1,6 @@
 """YAML as data: of plain types alone, and no larger than it looks."""
 
+import re
 from typing import Any
 
 import yaml
@@ -9,6 +10,7 @@ LONGEST = 2**20
 MOST_VALUES = 100_000
 """Values, counting those that aliases repeat."""
 DEEPEST = 100
+LONG_NUMBER = re.compile(r"[-+\d:_.]{1000,}")
 OPENS = (
     yaml.FlowSequenceStartToken,
     yaml.FlowMappingStartToken,
@@ -25,20 +27,22 @@ def parse(text: str) -> Any:
     if len(text) > LONGEST:
         raise ValueError(f"{len(text):,} characters; {LONGEST:,} are the most")
     try:
-        check_depth(text)
+        check_tokens(text)
         check_size(text)
         return yaml.safe_load(text)
     except UNUSABLE as error:
         raise ValueError(" ".join(str(error).split())[:300]) from None
 
 
-def check_depth(text: str) -> None:
-    """Refuse what is nested so deeply that reading it would take very long."""
+def check_tokens(text: str) -> None:
+    """Refuse what is nested so deeply, or a number so long (1:1:1 ... is one, to base 60), that it takes very long."""
     depth = 0
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
         depth += isinstance(token, OPENS) - isinstance(token, CLOSES)
         if depth > DEEPEST:
             raise ValueError(f"nested more than {DEEPEST} deep")
+        if isinstance(token, yaml.ScalarToken) and LONG_NUMBER.fullmatch(token.value):
+            raise ValueError("a number of more than 1,000 digits")
 
 
 def check_size(text: str) -> None:

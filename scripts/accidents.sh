@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Every accident that docs/accidents.md speaks of, kill -9 at twenty random points of each stage among them; a line for
-# each with what was shown. Further arguments go to pytest.
+# Every accident that docs/accidents.md speaks of, kill -9 at twenty random points of each stage and at three of scoring
+# on Ray (none with GRISTMILL_RAY=) among them; a line for each with what was shown. Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/venv.sh dev .venv-dev
 found=$(mktemp -d)
 trap 'rm -rf "$found"' EXIT
 code=0
-GRISTMILL_KILLS=${GRISTMILL_KILLS:-20} python -m pytest -q -p no:cacheprovider --timeout 3600 --junitxml "$found/shown.xml" \
+export GRISTMILL_KILLS=${GRISTMILL_KILLS:-20} GRISTMILL_RAY=${GRISTMILL_RAY-1}
+python -m pytest -q -p no:cacheprovider --timeout 3600 -o junit_family=xunit1 --junitxml "$found/shown.xml" \
   tests/test_accidents.py tests/test_kill.py tests/test_corpus_bad_input.py "$@" > "$found/log" 2>&1 || code=$?
 python - "$found/shown.xml" <<'END' || code=1
 import sys

@@ -573,3 +573,87 @@ def test_an_audit_counts_before_the_ratings(tmp_path: Path):
     assert result.quality is not None and result.test_quality is not None
     assert (result.quality["judged_by"], result.quality["precision"]) == ("audit", 1.0)
     assert result.test_quality["precision"] < 1
+
+
+# -- interrupted ------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing is put in order behind it."""
+
+
+def test_a_shard_that_was_written_anew_before_a_kill_is_not_taken_for_the_one_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = scored_folder(tmp_path, [[1.0, 2.0, 3.0], [1.0, 4.0]])
+    first = run(tmp_path, folder, min_score=2)
+    write = filter.storage.write_text
+
+    def killed(path: Path, text: str) -> None:
+        if path.parent.name == filter.TALLIES:
+            raise Killed
+        write(path, text)
+
+    monkeypatch.setattr(filter.storage, "write_text", killed)
+    with pytest.raises(Killed):
+        run(tmp_path, folder, redo=True, min_score=3)
+    monkeypatch.undo()
+    again = run(tmp_path, folder, redo=True, min_score=2)
+    assert kept_scores(tmp_path) == [2.0, 3.0, 4.0]
+    assert again.model_copy(update={"seconds": 0}) == first.model_copy(update={"seconds": 0})
+
+
+def test_what_a_killed_process_left_in_an_output_of_its_own_is_no_foreign_file(tmp_path: Path):
+    folder, output = scored_folder(tmp_path, [[1.0, 4.0]]), tmp_path / "own"
+    output.mkdir()
+    for name in (".part-0.parquet.0123456789ab.tmp", ".part-0.parquet.lock"):
+        (output / name).write_text("")
+    assert run(tmp_path, folder, min_score=2, output=str(output)).n_kept == 1
+    assert [path.name for path in output.iterdir()] == ["part-0.parquet"]
+
+
+def test_a_part_with_other_settings_waits_until_what_was_chosen_is_not_in_use(tmp_path: Path):
+    from pipeline import chosen, locks
+
+    folder = with_columns(tmp_path, 4)
+    part = {"run_folder": tmp_path / "run", "shard": "1/2"}
+    filter.run(config.Recipe.model_validate({**part, "filter": {"scored": folder, "keep_documents": 2}}))
+    other = config.Recipe.model_validate({**part, "filter": {"scored": folder, "keep_documents": 3}})
+    with (
+        locks.held(tmp_path / "run" / "filter" / chosen.IN_USE, "", shared=True),
+        pytest.raises(UserError, match=r"parts with other settings are at work in .*; wait for them or stop them"),
+    ):
+        filter.run(other, redo=True)
+    assert filter.run(other, redo=True).n_kept == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"keep_share": 0.3, "per_group": "meta.row", "keep_dropped": True},
+        {"keep_documents": 4, "sampling": "gumbel", "temperature": 2.0, "output_format": "jsonl"},
+        {"min_score": 2.0},
+    ],
+)
+def test_parts_in_any_order_and_then_the_whole_make_the_same_files_and_result(
+    tmp_path: Path, settings: dict[str, object]
+):
+    folder = scored_folder(tmp_path, [[float((7 * i + shard) % 5) for i in range(shard + 3)] for shard in range(5)])
+
+    def of(name: str, shard: str | None = None, redo: bool = False, **other: object) -> filter.FilterResult:
+        values = {"run_folder": tmp_path / name, "shard": shard, "filter": {"scored": folder, **settings, **other}}
+        return filter.run(config.Recipe.model_validate(values), redo).model_copy(update={"seconds": 0})
+
+    def files(name: str) -> dict[str, bytes]:
+        found = (path for path in (tmp_path / name / "filter").glob("[kdt]*/*") if path.is_file())
+        return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in found}
+
+    assert sum(of("parts", f"{i}/6").n_rows for i in (6, 2, 3, 1, 4)) == 18, "all but the last shard of five"
+    whole = of("whole")
+    assert of("parts") == whole
+    assert files("parts") == files("whole")
+    assert len(files("whole")) == 5 * (2 + ("keep_dropped" in settings))
+    of("parts", redo=True, output_format="jsonl", keep_dropped=True)
+    of("whole", redo=True, output_format="jsonl", keep_dropped=True)
+    assert files("parts") == files("whole")
+    assert len(files("whole")) == 15

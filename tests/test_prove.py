@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import benchmarks, filter, prove, training
+from pipeline import benchmarks, filter, locks, prove, summary, training
 from pipeline.config import Recipe
 from pipeline.errors import UserError
 from pipeline.prove import ProveResult
+from pipeline.tracking import read_json
 
 SMALL = {"max_length": 32, "per_device_train_batch_size": 4, "learning_rate": 5e-3}
 PROOF = {
@@ -112,6 +113,43 @@ def test_a_finished_training_is_never_done_again(
     assert done == ["rejected-1"]
     for name in ("kept", "rejected"):
         assert again.arms[name]["by_seed"] == pytest.approx(proven.arms[name]["by_seed"], rel=1e-4)
+
+
+def test_trainings_in_parts_and_then_the_whole_find_the_same(corpus: Path, copy: Path, proven: ProveResult) -> None:
+    folder, done = copy / "run" / "prove", read_json(corpus / "run" / "prove" / "result.json")
+    (folder / "result.json").unlink()
+    for name in ("kept-1", "rejected-2"):
+        shutil.rmtree(folder / "trainings" / name)
+    begun = json.loads((folder / "inputs.json").read_text())
+    begun["prove"]["trusted"] = str(copy / "trusted.parquet")
+    (folder / "inputs.json").write_text(json.dumps(begun))
+
+    parts = [prove.run(recipe(copy).model_copy(update={"shard": f"{i}/4"})) for i in (1, 2, 3, 4)]
+
+    assert [(each.n_trainings, each.n_trained) for each in parts] == [(2, 0), (2, 1), (1, 1), (1, 0)]  # type: ignore[union-attr]
+    assert "part 4/4: 1 trainings, 0 of them done now" in summary.tell_part(parts[3].model_dump())
+    assert summary.status(copy / "run", ())["prove"]["parts_done"] == "4 of 4"
+    whole = prove.run(recipe(copy)).model_dump(mode="json")
+    assert done is not None
+    for name in done.keys() - {"seconds", "trusted"}:
+        assert whole[name] == done[name], name
+
+
+def test_a_training_is_done_by_one_process_and_none_begins_others_meanwhile(copy: Path) -> None:
+    folder = copy / "run" / "prove"
+    part = recipe(copy).model_copy(update={"shard": "1/6"})
+    with locks.held(folder / prove.IN_USE, "", shared=True), pytest.raises(UserError, match="parts with other setti"):
+        prove.run(recipe(copy, tokens=3840).model_copy(update={"shard": "1/6"}), redo=True)
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "trainings" / "kept-0")
+    begun = json.loads((folder / "inputs.json").read_text())
+    begun["prove"]["trusted"] = str(copy / "trusted.parquet")
+    (folder / "inputs.json").write_text(json.dumps(begun))
+    with (
+        locks.written_by_one(folder / "trainings" / "kept-0"),
+        pytest.raises(UserError, match=r"kept-0: another process is writing this training"),
+    ):
+        prove.run(part)
 
 
 def test_changed_settings_are_refused_also_before_it_is_finished(copy: Path) -> None:

@@ -26,7 +26,7 @@ from endpoint import score_of, serve
 from moto.server import ThreadedMotoServer
 from upath import UPath
 
-from pipeline import cli, config, mirror, storage
+from pipeline import cli, config, manifest, mirror, places, storage, verify
 from pipeline.cli import How
 from pipeline.config import Recipe
 from pipeline.errors import UserError
@@ -200,13 +200,21 @@ def test_a_whole_run_on_a_store_gives_the_bytes_of_a_local_one_and_goes_on_elsew
 
 
 def test_answers_that_were_pushed_survive_the_machine_that_paid_for_them(tmp_path: Path, bucket: str) -> None:
-    with serve(score_of, delay_s=0.05) as server:
+    killed = threading.Event()
+
+    def script(asked: endpoint.Asked) -> endpoint.Reply:
+        if asked.n > 80:
+            killed.wait(200)
+        return score_of(asked)
+
+    with serve(script) as server:
         r = endpoint.recipe(tmp_path, server.url, n=120, concurrency=4)
         path = tmp_path / "recipe.yaml"
         given = r.model_dump(mode="json") | {"run_folder": f"{bucket}/edu", "mirror_every_s": 0.1}
         path.write_text(json.dumps(given), encoding="utf-8")
         with started(tmp_path / "a", path, "rate") as process:
             wait_for(lambda: n_answers(f"{bucket}/edu", tmp_path) >= 20, process)
+        killed.set()
         time.sleep(0.3)  # what was on its way to the server is there now
         pushed, n_before = n_answers(f"{bucket}/edu", tmp_path), len(server.asked)
         [result] = run(tmp_path / "b", path, "rate")
@@ -229,28 +237,59 @@ def n_answers(url: str, folder: Path) -> int:
         return int(db.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
 
 
-@pytest.fixture
-def scoring(tmp_path: Path, texts: list[str], tiny_encoder: Path, bucket: str) -> Path:
-    """A recipe that scores 12 shards of a store with a student of its own."""
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, store: Store, texts: list[str], tiny_encoder: Path) -> Path:
+    """A student and two corpora: s3://corpora/few of 4 shards, s3://corpora/many of 12 that can be interrupted."""
+    folder = tmp_path_factory.mktemp("shared")
     weight = np.random.default_rng(0).normal(size=(1, 32)).astype(np.float32)
     head = Head("score", "score", (Layer(weight, np.array([2.5], np.float32)),), (0, 5))
     settings = {"model": str(tiny_encoder), "max_tokens": 64, "dtype": "float32", "device": "cpu"}
-    Student(config.Encoder.model_validate(settings), (head,)).save(tmp_path / "student")
-    for shard in range(12):
-        rows = [{"text": f"{shard} {text}"} for text in texts]
-        (tmp_path / "corpus").mkdir(exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "corpus" / f"part-{shard:02d}.parquet")
-    upload(tmp_path / "corpus", f"{bucket}/data")
+    Student(config.Encoder.model_validate(settings), (head,)).save(folder / "student")
+    s3().mkdir("corpora")
+    for name, n_shards, n in (("few", 4, 20), ("many", 12, len(texts))):
+        (folder / name).mkdir()
+        for shard in range(n_shards):
+            rows = [{"text": f"{shard} {text}"} for text in texts[:n]]
+            pq.write_table(pa.Table.from_pylist(rows), folder / name / f"part-{shard:02d}.parquet")
+        upload(folder / name, f"s3://corpora/{name}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(shared: Path) -> dict[str, dict[str, bytes]]:
+    """What a run without a store makes of both corpora."""
+    made = {}
+    for name in ("few", "many"):
+        recipe = scoring_of(shared / f"{name}.yaml", shared, str(shared), str(shared / name))
+        run(shared, recipe, "score", run_folder=f"runs/{name}")
+        made[name] = files(shared / "runs" / name / "score" / "scored")
+    return made
+
+
+def scoring_of(path: Path, shared: Path, url: str, corpus: str) -> Path:
+    """A recipe that scores a corpus with the student that is there, and filters it."""
     recipe = {
-        "run_folder": f"{bucket}/edu",
+        "run_folder": f"{url}/edu",
         "mirror_every_s": 0.2,
-        "corpus": {"path": f"{bucket}/data"},
+        "corpus": {"path": corpus},
         "encoder": {"device": "cpu", "dtype": "float32", "workers": 1},
-        "score": {"student": str(tmp_path / "student")},
+        "score": {"student": str(shared / "student")},
         "filter": {"keep_share": 0.3},
     }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    return tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def scoring(tmp_path: Path, shared: Path, bucket: str) -> Path:
+    """A recipe that scores 4 small shards."""
+    return scoring_of(tmp_path / "recipe.yaml", shared, bucket, "s3://corpora/few")
+
+
+@pytest.fixture
+def long_scoring(tmp_path: Path, shared: Path, bucket: str) -> Path:
+    """A recipe that scores 12 shards and takes so long that it can be interrupted."""
+    return scoring_of(tmp_path / "recipe.yaml", shared, bucket, "s3://corpora/many")
 
 
 def n_scored(url: str) -> int:
@@ -263,41 +302,59 @@ def scored(url: str) -> dict[str, bytes]:
 
 
 def test_scoring_that_was_killed_goes_on_on_another_machine_and_shards_are_whole_at_all_times(
-    tmp_path: Path, scoring: Path, bucket: str
+    tmp_path: Path, long_scoring: Path, bucket: str, whole: dict[str, dict[str, bytes]]
 ) -> None:
     with watched(bucket) as seen:
-        with started(tmp_path / "a", scoring, "score") as process:
-            wait_for(lambda: n_scored(bucket) >= 3, process)
-        n_there = n_scored(bucket)
-        [result] = run(tmp_path / "b", scoring, "score")
+        with started(tmp_path / "a", long_scoring, "score") as process:
+            wait_for(lambda: n_scored(bucket) >= 1, process)
+        before = scored(bucket)
+        n_there = len(before)
+        [result] = run(tmp_path / "b", long_scoring, "score")
     assert n_there < 12 and (result.n_shards, result.n_shards_reused) == (12, n_there)
     assert {name.rpartition("/")[2] for name in seen if "/scored/" in name} == set(scored(bucket))
     assert not [name for name in seen if name.endswith(".tmp")]
-    run(tmp_path / "whole", scoring, "score", run_folder="runs/whole", mirror=None)
-    assert scored(bucket) == files(tmp_path / "whole" / "runs" / "whole" / "score" / "scored")
+    assert scored(bucket) == whole["many"]
+    [here] = (tmp_path / "b" / "runs").iterdir()
+    made = manifest.read(here / "score" / "manifest.json")
+    assert made is not None
+    unread = {
+        path.removeprefix("score/").removeprefix("scored/") for path, each in made.files.items() if not each.sha256
+    }
+    assert unread == set(before), "what the other machine put there is not fetched to be hashed"
+    assert not verify.run(here)["damaged"]
+    name = min(before)
+    s3().pipe_file(f"{bucket.removeprefix('s3://')}/edu/score/scored/{name}", flipped(before[name]))
+    [damage] = verify.run(here)["damaged"]
+    assert damage["path"] == f"scored/{name}" and damage["what"].startswith("other content: row group 0")
+
+
+def flipped(content: bytes) -> bytes:
+    """A parquet file with other bits in the middle of its pages."""
+    at = len(content) // 3
+    return content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
 
 
 def test_a_store_that_goes_away_ends_the_run_in_one_line_and_the_same_command_goes_on(
-    tmp_path: Path, scoring: Path, bucket: str, store: Store, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, long_scoring: Path, bucket: str, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "PAUSES_S", (0.1,))
     left = set(Path(tempfile.gettempdir()).iterdir())
 
     def go_away() -> None:
-        while n_scored(bucket) < 3:
+        while n_scored(bucket) < 1:
             time.sleep(0.01)
         store.stop()
 
     thread = threading.Thread(target=go_away)
     thread.start()
     with pytest.raises(UserError, match=r"cannot write s3://|is out of reach") as told:
-        run(tmp_path / "a", scoring, "score")
+        run(tmp_path / "a", long_scoring, "score")
     thread.join()
     assert "\n" not in str(told.value)
     store.start_again()
     n_there = n_scored(bucket)
-    [result] = run(tmp_path / "a", scoring, "score")
-    assert 3 <= n_there < 12 and result.n_shards_reused == n_there
+    [result] = run(tmp_path / "a", long_scoring, "score")
+    assert 1 <= n_there < 12 and result.n_shards_reused == n_there
     assert json.loads(objects(f"{bucket}/edu")["score/result.json"]) == result.model_dump(mode="json")
     assert not [path for path in set(Path(tempfile.gettempdir()).iterdir()) - left if path.is_file()]
 
@@ -316,7 +373,7 @@ def test_outputs_go_where_the_recipe_says_and_later_stages_find_them(
     [result] = run(tmp_path, scoring, "filter", **LOCAL, filter=given)
     made = objects(f"{bucket}/out")
     counts = Counter(name.split("/")[0] for name in made)
-    assert counts == dict.fromkeys(("edu", "edu-embeddings", "best", "best-dropped"), 12)
+    assert counts == dict.fromkeys(("edu", "edu-embeddings", "best", "best-dropped"), 4)
     for side, n in (("best", result.n_kept), ("best-dropped", result.n_dropped)):
         assert sum(made[name].count(b"\n") for name in made if name.startswith(f"{side}/")) == n
     [again] = run(tmp_path, scoring, "filter", **LOCAL, filter={**given, "keep_dropped": False}, redo=True)
@@ -349,19 +406,20 @@ def test_commands_that_only_read_take_the_url_of_a_run(
     assert json.loads(capsys.readouterr().out)["cuts"]["n_scored"] > 0
     cli.verify(Path(f"{bucket}/edu"), how=How())
     verified = json.loads(capsys.readouterr().out)
-    assert verified["n_files"] >= 12 and not verified["damaged"]
+    assert verified["n_files"] >= 4 and not verified["damaged"]
     with pytest.raises(UserError, match="holds no run"):
         cli.status(Path(f"{bucket}/other"), how=How())
 
 
-def test_machines_that_share_nothing_but_the_store_each_do_a_part(tmp_path: Path, scoring: Path, bucket: str) -> None:
+def test_machines_that_share_nothing_but_the_store_each_do_a_part(
+    tmp_path: Path, scoring: Path, bucket: str, whole: dict[str, dict[str, bytes]]
+) -> None:
     for name in ("1/2", "2/2"):
         [part] = run(tmp_path / name[0], scoring, "score", shard=name)
-        assert part.n_shards == 6
-    [whole] = run(tmp_path / "c", scoring, "score")
-    assert (whole.n_shards, whole.n_shards_reused) == (12, 12)
-    run(tmp_path, scoring, "score", **LOCAL)
-    assert scored(bucket) == files(tmp_path / "runs" / "a" / "score" / "scored")
+        assert part.n_shards == 2
+    [result] = run(tmp_path / "c", scoring, "score")
+    assert (result.n_shards, result.n_shards_reused) == (4, 4)
+    assert scored(bucket) == whole["few"]
 
 
 # -- two sides --------------------------------------------------------------------------------------------------------
@@ -491,7 +549,10 @@ def test_what_a_failed_stage_left_is_pushed_too(tmp_path: Path, url: str) -> Non
         assert objects(url)["rate/note.txt"] == type(error).__name__.encode()
 
 
-def test_a_push_that_was_cut_off_is_no_conflict(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fetched", [True, False])
+def test_a_push_that_was_cut_off_is_no_conflict(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, fetched: bool
+) -> None:
     a = machine(tmp_path / "a", url)
     write(a, "rate/note.txt", "first")
     put = storage.put
@@ -504,9 +565,37 @@ def test_a_push_that_was_cut_off_is_no_conflict(tmp_path: Path, url: str, monkey
         patch.setattr(storage, "put", put_and_die)
         mirror.push(a)
     write(a, "rate/note.txt", "second")
-    mirror.fetch(a)
+    if fetched:
+        mirror.fetch(a)
     mirror.push(a)
     assert objects(url) == {"rate/note.txt": b"second"}
+
+
+def test_a_push_of_many_files_writes_down_what_it_is_about_to_do_once(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, times = machine(tmp_path / "a", url), list[int]()
+    for number in range(40):
+        write(a, f"filter/tallies/{number}.json", str(number))
+    write_state = mirror.write_state
+    monkeypatch.setattr(mirror, "write_state", lambda at, known: (times.append(len(known)), write_state(at, known)))
+    mirror.push(a)
+    assert len(objects(url)) == 40 and times == [40, 40], "before and after"
+
+
+def test_folders_that_a_console_made_are_no_files(tmp_path: Path, bucket: str) -> None:
+    name = bucket.removeprefix("s3://")
+    for key in ("edu/", "edu/rate/", "edu/score/scored/"):
+        s3().call_s3("put_object", Bucket=name, Key=key, Body=b"")
+    for key in ("rate/note.txt", "score/scored/a.parquet"):
+        s3().pipe_file(f"{name}/edu/{key}", b"yes")
+    a = machine(tmp_path / "a", f"{bucket}/edu")
+    mirror.fetch(a)
+    assert [path for path in files(a.folder) if not path.startswith(".")] == ["rate/note.txt"]
+    scored = places.of(f"{bucket}/edu/score/scored", "score.output")
+    assert places.names(scored) == {"a.parquet"}
+    assert [*manifest.walk(tmp_path / "none", {"scored": str(scored)})] == ["scored/a.parquet"]
+    assert not mirror.there(machine(tmp_path / "b", f"{bucket}/edu/rate/note.txt")), "a file is no run"
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------

@@ -17,18 +17,32 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import stamina
 import zstandard
 from endpoint import Asked, Done, Reply, drop, error, gristmill, one_line, recipe, score_of, serve
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 
-from pipeline import cli, config, corpus, encoder, front_matter, gold, language_model, models, rewards, shards
+from pipeline import (
+    cli,
+    config,
+    corpus,
+    encoder,
+    front_matter,
+    gold,
+    language_model,
+    models,
+    panel,
+    report,
+    rewards,
+    shards,
+)
 from pipeline import sample as sampling
 from pipeline import show as reader
+from pipeline import student as students
 from pipeline.cli import Selection
 from pipeline.config import Corpus
 from pipeline.engines import transformers as local
@@ -60,6 +74,12 @@ def read_all(path: Path | str, **settings: Any) -> list[dict[str, Any]]:
         for batch in corpus.read(shard, found, counts)
         for row in batch.to_pylist()
     ]
+
+
+def n_read(path: Path, **settings: Any) -> int:
+    """Rows of a corpus that are read."""
+    found = Corpus(path=str(path), **settings)
+    return sum(len(batch) for shard in shards.find_shards(found) for batch in corpus.read(shard, found, Counts()))
 
 
 # -- bombs and giants -------------------------------------------------------------------------------------------------
@@ -115,27 +135,34 @@ def bomb(path: Path) -> Path:
     return path
 
 
-def test_bombs_are_refused_in_one_line_before_they_take_memory(tmp_path: Path) -> None:
-    names = ("a.parquet", "a.arrow", "a.feather", "a.jsonl.zst", "a.txt.gz")
-    few = [Corpus(path=str(bomb(tmp_path / name)), max_expansion=50) for name in names]
-    for (said, grown), name in zip(measured(*few), names, strict=True):
-        assert re.match(rf"{tmp_path}/{name} unpacks [\d,]+ bytes to 2\d\d[\d,]+ or more; remove it, or raise", said)
-        assert "raise corpus.max_expansion (50)" in said
-        assert grown < 150, name
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.feather"])
+def test_what_unpacks_to_much_is_refused_and_read_once_the_limit_is_raised(tmp_path: Path, name: str) -> None:
+    path = bomb(tmp_path / name)
+    line = complaint(lambda: n_read(path))
+    assert re.match(rf"{path} unpacks [\d,]+ bytes to 2\d\d[\d,]+ or more; remove it, or raise", line)
+    assert "raise corpus.max_expansion (200)" in line
+    assert n_read(path, max_expansion=100_000) == 256
 
 
-def test_what_unpacks_to_much_is_read_once_the_limit_is_raised(tmp_path: Path) -> None:
-    path = str(bomb(tmp_path / "a.parquet"))
-    as_usual, raised = measured(Corpus(path=path), Corpus(path=path, max_expansion=100_000))
-    assert "raise corpus.max_expansion (200)" in as_usual[0]
-    assert raised[0] == "256"
+def test_bombs_and_lines_of_a_gigabyte_are_refused_or_left_out_before_they_take_memory(tmp_path: Path) -> None:
+    bombs = [bomb(tmp_path / name) for name in ("a.parquet", "a.jsonl.zst", "a.txt.gz")]
+    lines = [gigabyte(tmp_path / name) for name in ("b.jsonl", "b.txt")]
+    all_of_them = [Corpus(path=str(path), max_expansion=50) for path in (*bombs, *lines)]
+    *found, left_out = measured(*all_of_them, Corpus(path=str(lines[0]), skip_bad_rows=True))
+    for (said, grown), path in zip(found[:3], bombs, strict=True):
+        assert re.match(rf"{path} unpacks [\d,]+ bytes to 2\d\d[\d,]+ or more; remove it, or raise", said)
+        assert grown < 150, path
+    for (said, grown), path in zip(found[3:], lines, strict=True):
+        assert said.startswith(f"{path} line 1 holds a row of more than 100 MB; ")
+        assert "raise corpus.max_row_mb" in said
+        assert grown < 400, path
+    assert left_out[0] == "1"
+    assert left_out[1] < 400
 
 
 @pytest.mark.parametrize("kind", ["arrow", "feather"])
 @pytest.mark.parametrize("compression", [None, "lz4", "zstd"])
-def test_arrow_files_of_all_kinds_pass_the_check_of_their_size(
-    tmp_path: Path, kind: str, compression: str | None
-) -> None:
+def test_arrow_files_of_all_kinds_are_within_the_limits(tmp_path: Path, kind: str, compression: str | None) -> None:
     rows = [{"text": f"text {n % 7}", "tags": ["a", None], "in": {"n": n}, "kind": f"k{n % 3}"} for n in range(5000)]
     table = pa.Table.from_pylist(rows)
     table = table.set_column(3, "kind", table["kind"].dictionary_encode())
@@ -150,7 +177,7 @@ def test_a_damaged_message_of_arrow_is_one_line(tmp_path: Path) -> None:
     with pa.ipc.new_stream(str(tmp_path / "a.arrow"), pa.schema([("text", pa.string())])) as writer:
         writer.write_batch(pa.record_batch([["some text"] * 100], ["text"]))
     whole = (tmp_path / "a.arrow").read_bytes()
-    for place in range(0, len(whole), 3):
+    for place in range(0, len(whole), 7):
         (tmp_path / "a.arrow").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         try:
             sampling.sample(Corpus(path=str(tmp_path)), 5, 0)
@@ -165,17 +192,6 @@ def gigabyte(path: Path) -> Path:
         file.seek(10**9)
         file.write(b'"}\n{"text": "short"}\n')
     return path
-
-
-def test_a_line_of_a_gigabyte_is_refused_or_left_out_and_never_held(tmp_path: Path) -> None:
-    paths = [str(gigabyte(tmp_path / name)) for name in ("a.jsonl", "a.txt")]
-    *refused, left_out = measured(*(Corpus(path=path) for path in paths), Corpus(path=paths[0], skip_bad_rows=True))
-    for (said, grown), path in zip(refused, paths, strict=True):
-        assert said.startswith(f"{path} line 1 holds a row of more than 100 MB; ")
-        assert "raise corpus.max_row_mb" in said
-        assert grown < 400
-    assert left_out[0] == "1"
-    assert left_out[1] < 400
 
 
 def test_a_long_line_that_is_left_out_is_counted(tmp_path: Path) -> None:
@@ -205,6 +221,20 @@ def test_a_row_above_the_limit_is_refused_in_every_format_and_read_once_it_is_ra
     assert "holds a row of more than 2 MB" in line
     assert "raise corpus.max_row_mb" in line
     assert [row["text"] for row in read_all(tmp_path, max_row_mb=4)] == texts
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.list_(pa.string_view()), pa.struct([("a", pa.string_view())])])
+def test_rows_that_share_a_large_buffer_are_as_large_as_what_they_hold_of_it(tmp_path: Path, kind: Any) -> None:
+    texts = [f"{n} " + "x" * 1000 for n in range(5000)]
+    of_kind = {"struct": lambda text: {"a": text}, "list": lambda text: [text]}.get(str(kind).split("<")[0], str)
+    table = pa.table({"text": pa.array([of_kind(text) for text in texts], kind)})
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert n_read(tmp_path, max_row_mb=1) == 5000
+    big = pa.table({"text": pa.array([of_kind("x" * 2 * MB), of_kind("y")], kind)})
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(big)
+    assert "holds a row of more than 1 MB" in complaint(lambda: n_read(tmp_path, max_row_mb=1))
 
 
 class FarFile(AbstractBufferedFile):  # type: ignore[misc]
@@ -266,6 +296,7 @@ BAD_YAML = {
     "no date": "a: 2024-13-45",
     "no timestamp": "a: !!timestamp x",
     "digits": "a: " + "9" * 5000,
+    "digits to base 60": "a: " + "1:" * 400_000 + "1",
 }
 
 
@@ -315,7 +346,8 @@ def faults(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.keyword):
             bad = {"allow_pickle": True, "trust_remote_code": True, "weights_only": False, "shell": True}
             harmless = isinstance(node.value, ast.Constant) and node.value.value is not bad.get(node.arg or "")
-            if node.arg in bad and not harmless:
+            asked = node.arg == "trust_remote_code" and named(node.value).endswith(".trust_remote_code")
+            if node.arg in bad and not (harmless or asked):
                 yield str(node.arg)
 
 
@@ -363,15 +395,34 @@ LOADERS: dict[str, Callable[[str], Any]] = {
 }
 
 
+CODE = """open({mark!r}, "w").close()
+from transformers import PreTrainedTokenizerFast
+from transformers import {architecture} as Base
+
+class Config(Base.config_class):
+    model_type = "{kind}"
+
+class Model(Base):
+    config_class = Config
+
+class Tok(PreTrainedTokenizerFast):
+    pass
+"""
+
+
 def with_code(folder: Path, mark: Path, **settings: Any) -> Path:
     """A model whose own Python files leave a mark when they run."""
-    own = {"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.Tok", "evil.Tok"]}
-    own |= {f"AutoModel{kind}": "evil.Model" for kind in ("", "ForCausalLM", "ForSequenceClassification")}
-    for name in ("config.json", "tokenizer_config.json"):
-        said = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(said | {"auto_map": own} | (settings if name == "config.json" else {})))
-    code = f"open({str(mark)!r}, 'w').close()\nfrom transformers import BertConfig as Config, BertModel as Model\n"
-    (folder / "evil.py").write_text(code)
+    own = {"AutoConfig": "evil.Config"} | {
+        f"AutoModel{kind}": "evil.Model" for kind in ("", "ForCausalLM", "ForSequenceClassification")
+    }
+    said = {name: json.loads((folder / name).read_text()) for name in ("config.json", "tokenizer_config.json")}
+    said["config.json"] |= settings
+    about = {"architecture": said["config.json"]["architectures"][0], "kind": said["config.json"]["model_type"]}
+    (folder / "evil.py").write_text(CODE.format(mark=str(mark), **about))
+    said["config.json"]["auto_map"] = own
+    said["tokenizer_config.json"]["auto_map"] = {"AutoTokenizer": ["evil.Tok", "evil.Tok"]}
+    for name, values in said.items():
+        (folder / name).write_text(json.dumps(values))
     return folder
 
 
@@ -404,9 +455,72 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # whoever would answer, is not asked
     folder = with_code(shutil.copytree(tiny_causal, tmp_path / "model"), tmp_path / "MARK", model_type="evil")
-    assert "code of its own" in complaint(lambda: LOADERS[loader](str(folder)))
+    line = complaint(lambda: LOADERS[loader](str(folder)))
+    assert "it comes with code of its own, which is not run unasked; " in line
+    assert line.endswith(f"set {loader}.trust_remote_code)" if loader in TRUSTED else "take a model without)")
     assert "Do you wish" not in capfd.readouterr().out
     assert not (tmp_path / "MARK").exists()
+
+
+TRUSTED: dict[str, Callable[[str], Any]] = {
+    "encoder": lambda path: encoder.load(config.Encoder(model=path, trust_remote_code=True), "cpu")[0].auto_model,
+    "teacher": lambda path: local.load(config.Teacher(model=path, trust_remote_code=True), "cpu")[1],
+}
+
+
+@pytest.fixture
+def _own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place for models' code that is gone afterwards."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+@pytest.mark.usefixtures("_own_modules")
+@pytest.mark.parametrize("loader", TRUSTED)
+def test_a_model_with_code_of_its_own_runs_it_where_that_is_asked_for(
+    tmp_path: Path, tiny_causal: Path, tiny_encoder: Path, loader: str
+) -> None:
+    base = tiny_encoder if loader == "encoder" else tiny_causal
+    folder = with_code(shutil.copytree(base, tmp_path / loader), tmp_path / "MARK", model_type="evil")
+    assert type(TRUSTED[loader](str(folder))).__module__.startswith("transformers_modules.")
+    assert (tmp_path / "MARK").exists()
+
+
+@pytest.mark.usefixtures("_own_modules")
+@pytest.mark.parametrize("kind", ["evil", "bert"])
+def test_a_student_of_an_encoder_with_code_of_its_own_is_loaded_only_with_the_setting(
+    tmp_path: Path, tiny_encoder: Path, kind: str
+) -> None:
+    folder = with_code(shutil.copytree(tiny_encoder, tmp_path / f"of-{kind}"), tmp_path / "MARK", model_type=kind)
+    shutil.copy(tiny_encoder / "tokenizer_config.json", folder)  # of its own, transformers 5 does not read it back
+    trusting = config.Encoder(model=str(folder), max_tokens=16, device="cpu", trust_remote_code=True)
+    layer = students.Layer(np.ones((1, 32), np.float32), np.zeros(1, np.float32))
+    made = students.Student(trusting, (students.Head("score", "score", (layer,), (0, 5)),))
+    made.save(tmp_path / f"student-{kind}")
+    said = json.loads((tmp_path / f"student-{kind}" / "student.json").read_text())
+    said["encoder"]["trust_remote_code"] = True
+    (tmp_path / f"student-{kind}" / "student.json").write_text(json.dumps(said))
+    scores = made.score(["Some text.", "More."])
+    (tmp_path / "MARK").unlink()
+    careful = students.load(tmp_path / f"student-{kind}", config.Encoder(device="cpu"))
+    if kind == "evil":
+        assert "set encoder.trust_remote_code" in complaint(lambda: careful.score(["Some text."]))
+    else:
+        careful.score(["Some text."])
+    assert not (tmp_path / "MARK").exists()
+    trusted = students.load(tmp_path / f"student-{kind}", config.Encoder(device="cpu", trust_remote_code=True))
+    assert trusted.score(["Some text.", "More."]) == pytest.approx(scores, abs=1e-4)
+    assert (tmp_path / "MARK").exists()
+
+
+def test_trust_is_for_one_model_and_never_comes_from_a_run_folder(tmp_path: Path) -> None:
+    teacher = config.Teacher(model="a/b", trust_remote_code=True)
+    same, other = panel.teachers(teacher, [{"temperature": 0.5}, {"model": "c/d"}])[1:]
+    assert (same.trust_remote_code, other.trust_remote_code) == (True, False)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "recipe.yaml").write_text("{corpus: {path: x}, encoder: {trust_remote_code: true}}")
+    found = report.settings(config.Recipe(run_folder=tmp_path))
+    assert (found.corpus.path, found.encoder.trust_remote_code) == ("x", False)
 
 
 def test_a_model_that_transformers_knows_is_loaded_without_the_code_beside_it(
@@ -534,15 +648,26 @@ KEYS = {
 
 
 @pytest.fixture
-def _no_pauses() -> Iterator[None]:
-    with stamina.set_testing(True, attempts=2, cap=True):
-        yield
+def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Rates at an endpoint, in this process, with a key of every kind in the environment."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+
+    def rate(url: str, *flags: str, **settings: Any) -> Done:
+        asking = recipe(tmp_path, url, n=4, api_key_env="MY_KEY", retries=0, **settings)
+        return command(asking, capfd, "rate", *flags)
+
+    return rate
 
 
-def asked(folder: Path, url: str, *flags: str, **settings: Any) -> Done:
-    """Rate at an endpoint, with a key of every kind in the environment, and no folder but this one to write to."""
-    home = dict.fromkeys(("HOME", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"), str(folder)) | {"WANDB_MODE": "offline"}
-    return gristmill(recipe(folder, url, n=4, api_key_env="MY_KEY", **settings), "rate", *flags, **home, **KEYS)
+def command(given: config.Recipe, capfd: pytest.CaptureFixture[str], *words: str) -> Done:
+    """The command line, in this process."""
+    path = Path(str(given.corpus.path)).parent / "recipe.yaml"
+    path.write_text(given.model_dump_json())
+    with pytest.raises(SystemExit) as stop:
+        cli.main([words[0], str(path), *words[1:]])
+    said = capfd.readouterr()
+    return Done(int(stop.value.code or 0), said.out, said.err)
 
 
 def leaks(folder: Path, done: Done) -> list[str]:
@@ -563,9 +688,11 @@ def told_back(status: int) -> Callable[[Asked], Reply]:
 
 
 @pytest.mark.parametrize("status", [401, 400, 500])
-def test_an_endpoint_that_repeats_the_key_in_its_error_does_not_make_us_tell_it(tmp_path: Path, status: int) -> None:
+def test_an_endpoint_that_repeats_the_key_in_its_error_does_not_make_us_tell_it(
+    tmp_path: Path, ask: Callable[..., Done], status: int
+) -> None:
     with serve(told_back(status)) as server:
-        done = asked(tmp_path, server.url, retries=0)
+        done = ask(server.url)
     assert KEYS["MY_KEY"] in server.asked[0].headers["authorization"]
     assert "no access with Bearer ***, ***" in done.stderr
     assert leaks(tmp_path, done) == []
@@ -574,9 +701,12 @@ def test_an_endpoint_that_repeats_the_key_in_its_error_does_not_make_us_tell_it(
 
 
 def test_an_answer_that_repeats_no_key_leaves_none_in_a_run_that_is_tracked(tmp_path: Path) -> None:
+    """The real command, in a process of its own, with no folder but this one to write to."""
     pytest.importorskip("wandb")
+    home = dict.fromkeys(("HOME", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"), str(tmp_path)) | {"WANDB_MODE": "offline"}
     with serve(score_of) as server:
-        done = asked(tmp_path, server.url, "--tracking.to", "wandb")
+        asking = recipe(tmp_path, server.url, n=4, api_key_env="MY_KEY")
+        done = gristmill(asking, "rate", "--tracking.to", "wandb", **home, **KEYS)
     assert done.code == 0, done.stderr
     deadline = time.monotonic() + 30
     while not [*tmp_path.rglob("run-*.wandb")] and time.monotonic() < deadline:
@@ -586,16 +716,15 @@ def test_an_answer_that_repeats_no_key_leaves_none_in_a_run_that_is_tracked(tmp_
 
 
 @pytest.mark.parametrize("kind", ["nobody there", "hangs up"])
-def test_a_connection_that_fails_tells_no_key(tmp_path: Path, kind: str) -> None:
+def test_a_connection_that_fails_tells_no_key(tmp_path: Path, ask: Callable[..., Done], kind: str) -> None:
     with serve(lambda _: drop) as server:
-        url = server.url if kind == "hangs up" else "http://127.0.0.1:9/v1"
-        done = asked(tmp_path, url, retries=0)
+        done = ask(server.url if kind == "hangs up" else "http://127.0.0.1:9/v1")
     assert "cannot be reached" in one_line(done)
     assert leaks(tmp_path, done) == []
 
 
-def test_batch_files_hold_no_key(tmp_path: Path) -> None:
-    done = asked(tmp_path, "unused", "--teacher.batch-folder", str(tmp_path / "batch"))
+def test_batch_files_hold_no_key(tmp_path: Path, ask: Callable[..., Done]) -> None:
+    done = ask("unused", "--teacher.batch-folder", str(tmp_path / "batch"))
     assert done.code == 75, done.stderr
     assert [*(tmp_path / "batch").glob("requests-*.jsonl")]
     assert leaks(tmp_path, done) == []
@@ -631,11 +760,13 @@ FORMULAS = (
 )
 
 
-def test_no_cell_of_an_export_is_a_formula_and_all_come_back_as_they_were(tmp_path: Path) -> None:
+def test_no_cell_of_an_export_is_a_formula_and_all_come_back_as_they_were(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"id": f"{begin}id-{n}", "text": f"{begin} doc-{n} is it."} for n, begin in enumerate(FORMULAS)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "corpus.parquet")
     with serve(score_of) as server:
-        done = gristmill(recipe(tmp_path, server.url, n=len(rows)))
+        done = command(recipe(tmp_path, server.url, n=len(rows)), capfd, "rate")
     assert done.code == 0, done.stderr
     reader.run(tmp_path / "run", Selection(export=tmp_path / "people.csv"))
     with (tmp_path / "people.csv").open(encoding="utf-8-sig", newline="") as file:

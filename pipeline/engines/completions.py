@@ -137,9 +137,7 @@ class Tokens:
 
     def __init__(self, prompt: Prompt, settings: Teacher, server: Server) -> None:
         self.prompt, self.settings, self.server = prompt, settings, server
-        self.layout = Layout(
-            load_tokenizer(str(settings.tokenizer), "teacher.tokenizer"), prompt, settings, server.context
-        )
+        self.layout = Layout(tokenizer_of(settings), prompt, settings, server.context)
         self.next = next_tokens(self.layout.candidates) if prompt.read == "choices" else {(): []}
         self.parts = tuple(self.next)
 
@@ -252,13 +250,18 @@ def cutter(teacher: Teacher) -> Cut:
         n_bytes = limit * BYTES_PER_TOKEN
         log.info("documents are cut at %d bytes; give --teacher.tokenizer to cut by tokens", n_bytes)
         return lambda text: cut_bytes(text, n_bytes)
-    tokenizer = load_tokenizer(teacher.tokenizer, "teacher.tokenizer")
+    tokenizer = tokenizer_of(teacher)
 
     def cut(text: str) -> tuple[str, bool]:
         ids, was_truncated = first_tokens(text, limit, tokenizer)
         return (tokenizer.decode(ids).rstrip("\ufffd") if was_truncated else text), was_truncated
 
     return cut
+
+
+def tokenizer_of(teacher: Teacher) -> Any:
+    """The tokenizer that the settings name."""
+    return load_tokenizer(str(teacher.tokenizer), "teacher.tokenizer", trust=teacher.trust_remote_code)
 
 
 def cut_bytes(text: str, limit: int) -> tuple[str, bool]:

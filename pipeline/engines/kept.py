@@ -8,10 +8,10 @@ from pipeline.engines import engine
 from pipeline.teacher import Ask
 
 LOADED = {
-    "transformers": {"model", "revision", "dtype", "device"},
+    "transformers": {"model", "revision", "trust_remote_code", "dtype", "device"},
     "vllm": {
         *("model", "revision", "dtype", "device", "quantization", "max_model_len", "top_logprobs", "engine_args"),
-        *("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization"),
+        *("trust_remote_code", "tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization"),
     },
     "openai": {"model", "base_url", "api_key_env"},
 }

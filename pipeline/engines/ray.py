@@ -37,6 +37,7 @@ def check(settings: Ray, teacher: Teacher) -> None:
 def started(settings: Ray, teacher: Teacher, most: int = 10**6) -> Iterator[Ask]:
     """Actors, each with the model loaded."""
     with actors(settings, partial(begin, teacher), most) as found:
+        found.wait()
 
         def ask(
             prompt: Prompt, teacher: Teacher, questions: list[Question], answered: set[str], record: Record

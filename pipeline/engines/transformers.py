@@ -346,7 +346,7 @@ def load(teacher: Teacher, device: str) -> tuple[Any, Any]:
     """Tokenizer and model of a Hub name, folder or .gguf file."""
     transformers, safetensors = needs("transformers", "torch"), needs("safetensors", "torch")
     model_name = required(teacher.model, "teacher.model", "Qwen/Qwen3-8B")
-    name, where = files_of(model_name, "teacher.model", teacher.revision)
+    name, where = files_of(model_name, "teacher.model", teacher.revision, teacher.trust_remote_code)
     try:
         config = transformers.AutoConfig.from_pretrained(name, **where)
         kinds = {False: transformers.AutoModelForCausalLM, True: transformers.AutoModelForSeq2SeqLM}
@@ -354,7 +354,8 @@ def load(teacher: Teacher, device: str) -> tuple[Any, Any]:
         kind = kinds[bool(config.is_encoder_decoder)]
         model = kind.from_pretrained(name, config=config, dtype=pick_dtype(teacher.dtype, device), **of_weights(where))
     except (OSError, ValueError, KeyError, ImportError, struct.error, safetensors.SafetensorError) as error:
-        raise UserError(f"teacher.model: {teacher.model} cannot be loaded ({reason(error)})") from None
+        why = reason(error, "teacher.model")
+        raise UserError(f"teacher.model: {teacher.model} cannot be loaded ({why})") from None
     model.generation_config = token_ids_only(model.generation_config)
     try:
         return tokenizer, model.to(device).eval()

@@ -270,7 +270,8 @@ async def load(teacher: Teacher) -> Loaded:
     vllm = needs("vllm", "vllm")
     check_device(teacher, needs("vllm.platforms", "vllm").current_platform.device_type)
     asked = engine_args(teacher, [field.name for field in fields(vllm.AsyncEngineArgs)])
-    tokenizer = load_tokenizer(asked.get("tokenizer", asked["model"]), "teacher.model", teacher.revision)
+    name, trust = asked.get("tokenizer", asked["model"]), asked["trust_remote_code"]
+    tokenizer = load_tokenizer(name, "teacher.model", teacher.revision, trust)
     refusals = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, AssertionError)
     try:
         engine = vllm.AsyncLLMEngine.from_engine_args(vllm.AsyncEngineArgs(**asked))
@@ -298,6 +299,7 @@ def engine_args(teacher: Teacher, known: list[str]) -> dict[str, Any]:
     asked = {
         "model": locate(required(teacher.model, "teacher.model", "Qwen/Qwen3-8B"), "teacher.model"),
         "revision": teacher.revision,
+        "trust_remote_code": teacher.trust_remote_code,
         "dtype": teacher.dtype,
         "quantization": teacher.quantization,
         "max_model_len": teacher.max_model_len,
