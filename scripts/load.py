@@ -159,19 +159,16 @@ def finished(folder: Path, per_shard: int) -> int:
 
 
 def scored(command: list[str], root: Path, per_shard: int, n: int) -> tuple[dict[str, Any], float]:
-    """Score all; then half of it again, killed in between, and the seconds until it is at work again."""
+    """Score until nine tenths are done; then kill it, and take the seconds until it is at work again."""
     out = root / "run" / "score" / "scored"
     done = lambda: finished(out, per_shard)  # noqa: E731
-    found = told("score", watch(command, done), n)
-    last = sorted(out.glob("*.parquet"))[SHARDS // 4 :]
-    for path in last:
-        path.unlink()
-    killed = watch(command, done, stop_at=n / 2)
-    before = done()
+    killed = watch(command, done, stop_at=0.9 * n)
+    before = killed[-1].n_done
+    found = told("score", killed, before)
     again = watch(command, done, every_s=0.05)
     first = next(moment.seconds for moment in again if moment.n_done > before)
-    resume_s = max(0.0, first - per_shard * found["seconds"] / n)
-    print(f"resume: killed at {killed[-1].n_done:,} documents; at work again after {resume_s:.1f} s, models loaded")
+    resume_s = max(0.0, first - per_shard * found["seconds"] / before)
+    print(f"resume: killed at {before:,} documents; at work again after {resume_s:.1f} s, models loaded", flush=True)
     return found, resume_s
 
 

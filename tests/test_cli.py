@@ -113,7 +113,7 @@ def test_a_changed_seed_goes_through_all_stages(recipe_file: Path, capsys: pytes
 def test_a_result_of_another_version_is_refused(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run(capsys, "rate", recipe_file)
     result = tmp_path / "run" / "rate" / "result.json"
-    result.write_text(result.read_text().replace('"n_scored"', '"n_rated"'))
+    result.write_text(result.read_text().replace('"n_scored"', '"n_graded"'))
     code, _, err = run(capsys, "rate", recipe_file)
     assert code == 1 and "result.json was written by another version; remove it" in last_line(err)
     result.unlink()
@@ -315,7 +315,7 @@ def test_every_command_of_the_readme_and_the_pages_beside_it_parses(
     for words in commands:
         if words[0] in ("bash", "python"):
             assert (ROOT / words[1]).exists()
-        if words[0] == "gristmill" and words[1] in ("show", "generate"):
+        if words[0] == "gristmill" and words[1] in ("show", "generate", "status", "verify"):
             cli.app.parse_args(words[1:], exit_on_error=False, print_error=False)
         elif words[0] == "gristmill":
             command, _, target = " ".join(words[1:]).partition(" > ")
