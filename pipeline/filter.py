@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline import cascade, choice, chosen, config, corpus, judged, locks, mirror, places, scored, spread, storage
 from pipeline import rule as rules
+from pipeline import tally as tallies
 from pipeline.chosen import Chosen
 from pipeline.config import Recipe, digest
 from pipeline.errors import UserError
@@ -26,17 +26,12 @@ from pipeline.places import Place
 from pipeline.rule import Rule
 from pipeline.shards import Counts, Shard, fingerprints
 from pipeline.sinks import SINKS
+from pipeline.tally import N_EXAMPLES, Example, Examples, Tally
 from pipeline.tracking import Result, Stage, progress, read_json, stage
 
 log = logging.getLogger("gristmill")
 
-N_EXAMPLES = 3
 EXAMPLE_CHARACTERS = 160
-
-Example = tuple[int, float, str]
-"""(priority, score, beginning of the text)"""
-Examples = dict[str, list[Example]]
-"""A few rows that were kept, and a few that were dropped."""
 
 TALLIES = "tallies"
 """Folder of what became of each shard."""
@@ -67,56 +62,6 @@ class FilterResult(Result):
     """The same from the test part of the ratings, by which nothing is chosen."""
     examples_kept: list[dict[str, Any]]
     examples_dropped: list[dict[str, Any]]
-
-
-class Tally:
-    """What became of rows, in all and by group."""
-
-    def __init__(self, n_groups: int) -> None:
-        self.counts = Counts()
-        self.fates: Counter[str] = Counter()
-        self.has_tokens = True
-        self.n_tokens = 0
-        self.n_rows, self.n_kept, self.n_tokens_kept = np.zeros((3, n_groups), np.int64)
-        self.lowest = np.full(n_groups, math.inf)
-        """Lowest score that was kept."""
-        self.examples: Examples = {"kept": [], "dropped": []}
-
-    def add(self, other: "Tally") -> None:
-        """Add what became of other rows."""
-        for name, n in asdict(other.counts).items():
-            setattr(self.counts, name, getattr(self.counts, name) + n)
-        self.fates += other.fates
-        self.has_tokens &= other.has_tokens
-        self.n_tokens += other.n_tokens
-        self.n_rows += other.n_rows
-        self.n_kept += other.n_kept
-        self.n_tokens_kept += other.n_tokens_kept
-        self.lowest = np.minimum(self.lowest, other.lowest)
-        for side, heap in other.examples.items():
-            self.examples[side] = heapq.nlargest(N_EXAMPLES, {*self.examples[side], *heap})
-
-    def said(self) -> dict[str, Any]:
-        """As JSON."""
-        arrays = {name: getattr(self, name).tolist() for name in ARRAYS}
-        lowest = [score if math.isfinite(score) else None for score in self.lowest.tolist()]
-        plain = {name: getattr(self, name) for name in ("fates", "has_tokens", "n_tokens", "examples")}
-        return {"counts": asdict(self.counts), **plain, **arrays, "lowest": lowest}
-
-
-ARRAYS = ("n_rows", "n_kept", "n_tokens_kept")
-
-
-def tally_from(said: dict[str, Any]) -> Tally:
-    """A tally from JSON."""
-    tally = Tally(len(said["lowest"]))
-    tally.counts, tally.fates = Counts(**said["counts"]), Counter(said["fates"])
-    tally.has_tokens, tally.n_tokens = said["has_tokens"], said["n_tokens"]
-    for name in ARRAYS:
-        setattr(tally, name, np.array(said[name], np.int64))
-    tally.lowest = np.array([math.inf if score is None else score for score in said["lowest"]])
-    tally.examples = {side: [tuple(each) for each in heap] for side, heap in said["examples"].items()}
-    return tally
 
 
 def run(recipe: Recipe, redo: bool = False) -> FilterResult:
@@ -233,7 +178,7 @@ def tally_file(shard: Shard, folder: Path) -> Path:
 def tally_of(shard: Shard, made_from: str, folder: Path) -> Tally | None:
     """What became of a shard whose rows were chosen in the same way before; None if it has to be (re)done."""
     known = read_json(tally_file(shard, folder)) or {}
-    return tally_from(known["tally"]) if known.get("made_from") == made_from else None
+    return tallies.from_said(known["tally"]) if known.get("made_from") == made_from else None
 
 
 def check_ours(folder: Path, shards: list[Shard], recipe: Recipe) -> None:
