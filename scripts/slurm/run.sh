@@ -6,7 +6,7 @@ set -euo pipefail
 # ---- three lines to edit --------------------------------------------------------------------------------------------
 where="--partition=gpu --account=mine"   # 1. what your cluster wants of every job, as options of sbatch
 environment=.venv/bin/activate           # 2. a file to source that puts gristmill on the PATH; it may load modules too
-recipe=configs/edu.yaml                  # 3. the recipe; rate.sh gives each of its teachers one GPU
+recipe=mine.yaml                         # 3. the recipe; rate.sh gives each of its teachers one GPU
 # ---------------------------------------------------------------------------------------------------------------------
 where=${WHERE:-$where} environment=${ENVIRONMENT:-$environment} recipe=${RECIPE:-$recipe} parts=${PARTS:-8}
 export environment recipe parts
