@@ -338,7 +338,8 @@ def test_a_store_that_goes_away_ends_the_run_in_one_line_and_the_same_command_go
     tmp_path: Path, long_scoring: Path, bucket: str, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "PAUSES_S", (0.1,))
-    left = set(Path(tempfile.gettempdir()).iterdir())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
 
     def go_away() -> None:
         while n_scored(bucket) < 1:
@@ -356,7 +357,7 @@ def test_a_store_that_goes_away_ends_the_run_in_one_line_and_the_same_command_go
     [result] = run(tmp_path / "a", long_scoring, "score")
     assert 1 <= n_there < 12 and result.n_shards_reused == n_there
     assert json.loads(objects(f"{bucket}/edu")["score/result.json"]) == result.model_dump(mode="json")
-    assert not [path for path in set(Path(tempfile.gettempdir()).iterdir()) - left if path.is_file()]
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 # -- outputs and readers ----------------------------------------------------------------------------------------------
