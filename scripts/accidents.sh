@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every accident that docs/accidents.md speaks of, kill -9 at twenty random points of each stage and at three of scoring
-# on Ray (GRISTMILL_RAY_KILLS; none with GRISTMILL_RAY=) among them; a line for each with what was shown. Further arguments go to pytest.
+# on Ray (GRISTMILL_RAY_KILLS; none with GRISTMILL_RAY=) among them; a line for each with what was shown. Further
+# arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/venv.sh dev .venv-dev
