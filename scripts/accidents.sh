@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every accident that docs/accidents.md speaks of, kill -9 at twenty random points of each stage and at three of scoring
+# Every accident that docs/accidents.md speaks of, kill -9 at twenty random points of each stage and at three of those
 # on Ray (GRISTMILL_RAY_KILLS; none with GRISTMILL_RAY=) among them; a line for each with what was shown. Further
 # arguments go to pytest.
 set -euo pipefail

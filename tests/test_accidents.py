@@ -256,21 +256,22 @@ def rows_rated(r: Recipe) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(1800)
-def test_kill_9_of_a_command_whose_actors_score_and_it_ends_with_the_same_bytes(
-    tmp_path: Path, whole: Run, drill: Drill, record_property: Shown
+@pytest.mark.parametrize(("stage", "made"), [("score", "scored"), ("filter", "kept")])
+def test_kill_9_of_a_command_whose_actors_work_and_it_ends_with_the_same_bytes(
+    tmp_path: Path, stage: str, made: str, whole: Run, drill: Drill, record_property: Shown
 ) -> None:
     if not os.environ.get("GRISTMILL_RAY"):
         pytest.skip("starts clusters; set GRISTMILL_RAY=1")
-    at, wanted, flags = random.Random(2), outputs(whole.recipe, "score"), ("--engine", "ray", "--ray.actors", "1")
+    at, wanted, flags = random.Random(2), outputs(whole.recipe, stage), ("--engine", "ray", "--ray.actors", "1")
     n_shards = [0, *at.choices(range(N_SHARDS), k=N_RAY_KILLS - 1)]
     for number, n in enumerate(n_shards):
-        r = before(whole, tmp_path / str(number), "score")
-        scored, process = r.run_folder / "score" / "scored", drill.start(r, "score", *flags)
-        kill(process, lambda folder=scored, n=n: len(list(folder.glob("*.parquet"))) >= n, at.random())  # type: ignore[misc]
+        r = before(whole, tmp_path / str(number), stage)
+        shards, process = r.run_folder / stage / made, drill.start(r, stage, *flags)
+        kill(process, lambda folder=shards, n=n: len(list(folder.glob("*.parquet"))) >= n, at.random())  # type: ignore[misc]
         assert drill.end()[0].code == -signal.SIGKILL
-        done = drill(r, "score", *flags)
+        done = drill(r, stage, *flags)
         assert done.code == 0, done.stderr
-        assert outputs(r, "score") == wanted and verify.run(r.run_folder)["damaged"] == []
+        assert outputs(r, stage) == wanted and verify.run(r.run_folder)["damaged"] == []
     record_property("shown", f"kills when {n_shards} of {N_SHARDS} shards were there, bytes identical")
 
 
