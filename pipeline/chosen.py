@@ -16,8 +16,10 @@ from pipeline.keys import Floor, Survey
 from pipeline.rule import Rule
 from pipeline.tracking import read_json
 
-FOLDER, FILE, LOCK, IN_USE = "keys", "chosen.json", ".chosen.lock", ".in-use.lock"
-"""Holds a key file for each shard and, written last, the choice."""
+FOLDER, FILE = "keys", "chosen.json"
+"""The folder holds a key file for each shard and, written last, the choice."""
+LOCK, IN_USE = ".chosen.lock", ".in-use.lock"
+"""Held by the one that chooses, and shared by all that write by the choice."""
 
 Chosen = tuple[Survey, Rule]
 

@@ -26,17 +26,21 @@ def held(path: Path, refusal: str, shared: bool = False, wait: bool = False) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
+        lock(handle, refusal, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
         os.close(handle)
+
+
+def lock(handle: int, refusal: str, how: int) -> None:
+    """Lock an open file, where the file system can."""
+    try:
+        fcntl.flock(handle, how)
+    except BlockingIOError:
         raise Taken(refusal) from None
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
             raise
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -46,9 +50,9 @@ def written_by_one(path: Place, what: str = "shard") -> Iterator[None]:
     if not isinstance(path, Path):
         yield
         return
-    lock = path.parent / f".{path.name}.lock"
-    with held(lock, f"{path}: another process is writing this {what}; leave it to that one, or stop it"):
+    beside = path.parent / f".{path.name}.lock"
+    with held(beside, f"{path}: another process is writing this {what}; leave it to that one, or stop it"):
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)

@@ -321,7 +321,7 @@ def test_a_document_is_cut_by_tokens_where_the_tokenizer_is_known(tmp_path: Path
 
 
 @pytest.mark.timeout(100)
-def test_a_document_of_50_mb_is_cut_in_no_time(tmp_path: Path) -> None:
+def test_a_document_of_50_mb_is_cut_before_it_is_sent(tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"id": ["id-0"], "text": ["doc-0 <text> </text>\n" * 2_500_000]}), tmp_path / "corpus.parquet"
     )
